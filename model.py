@@ -1,0 +1,323 @@
+"""
+GPT-2, the whole of it, in one file that imports torch and nothing else: copy it anywhere and it works.
+
+The letters used below and in every shape:
+    B  batch, sequences side by side           C   n_embd, the width of a token's vector
+    T  time, tokens in this call               nh  n_head, heads in a layer
+    S  tokens a query can look at (T + cached) hs  head size, C / nh
+    V  vocab_size
+
+    idx (B, T) -> wte + wpe (B, T, C) -> n_layer blocks (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
+
+Tokens meet each other in one place only, the attention; everything else works on each position by itself.
+Names are those of GPT-2's released weights and of Hugging Face's GPT2LMHeadModel.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2 124M's. Raises ValueError for a shape that cannot exist."""
+    block_size: int = 1024       # tokens of context
+    vocab_size: int = 50257
+    n_layer: int = 12            # 0 is a bigram model: embedding, norm, head
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True            # biases in linears and norms
+    # what GPT-2 fixed, each read on one line below so that its worth can be measured
+    qkv_bias: bool = True        # bias of the QKV projection (needs bias)
+    tie_weights: bool = True     # the head is the token embedding
+    pos: str = 'learned'         # 'learned' | 'rope' | 'none'
+    norm: str = 'pre'            # 'pre' | 'post' | 'none'
+    residual: bool = True        # x + f(x), else f(x)
+    qk_norm: bool = False        # unit RMS for queries and keys
+    activation: str = 'gelu'     # 'gelu' (tanh form, as GPT-2 was trained) | 'relu2'
+    # how it is trained; none of these changes what the finished model computes
+    flash: bool = True           # fused attention, else the explicit formula
+    label_smoothing: float = 0.0
+    layer_drop: float = 0.0      # probability that a sequence skips a residual branch (stochastic depth)
+    grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
+
+    def __post_init__(self):
+        for name, least in dict(block_size=1, vocab_size=1, n_layer=0, n_head=1, n_embd=1).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be {least} or more; "
+                                 f"type --{name}={getattr(GPTConfig, name)} for GPT-2's")
+        if self.n_embd % self.n_head:
+            nearest = min((n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0),
+                          key=lambda n: abs(n - self.n_head))
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal "
+                             f"share of the width; type --n_head={nearest}, or another n_embd")
+        for name, allowed in dict(pos=('learned', 'rope', 'none'), norm=('pre', 'post', 'none'),
+                                  activation=('gelu', 'relu2')).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}; "
+                                 f"type --{name}={allowed[0]} for GPT-2's")
+        for name in ('dropout', 'label_smoothing', 'layer_drop'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and below 1; type --{name}=0")
+        if self.layer_drop and not self.residual:
+            raise ValueError("layer_drop skips a residual branch and residual=False has none; type --layer_drop=0")
+        if self.pos == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f"pos='rope' turns pairs of numbers and the head size n_embd/n_head = "
+                             f"{self.n_embd // self.n_head} is odd; type --pos=learned, or an even head size")
+
+
+# ---- attention, twice: as the formula reads, and fused -------------------------------------------------------------
+
+def attention_weights(q, k):
+    """softmax(q·kᵀ/√hs) with the future masked: (B, nh, T, hs), (B, nh, S, hs) -> (B, nh, T, S), every row sums to 1.
+
+    The last query sits on the last key, so with S > T the first S - T keys are the past of all queries."""
+    T, S = q.size(-2), k.size(-2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                                       # (B, nh, T, S)
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    return scores.masked_fill(future, float('-inf')).softmax(dim=-1)
+
+
+def explicit_attention(q, k, v, dropout=0.0):
+    """The definition, and the tests' oracle: each position's weighted mean of the values it may see."""
+    return F.dropout(attention_weights(q, k), dropout) @ v                                        # (B, nh, T, hs)
+
+
+def fused_attention(q, k, v, dropout=0.0):
+    """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135)."""
+    T, S = q.size(-2), k.size(-2)
+    if T == S or T == 1:   # a single query is the newest token and sees all keys
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864): turn each pair (i, i + hs/2) by its angle; (B, nh, T, hs), (T, hs/2) twice."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class LayerCache:
+    """One layer's keys and values of the tokens read so far, at most `size` of them."""
+
+    def __init__(self, size):
+        self.size, self.length = size, 0
+
+    def append(self, k, v):
+        """Add T tokens' k and v (B, nh, T, hs); returns all so far, (B, nh, S, hs)."""
+        if self.length == 0:   # the first keys tell batch, heads, dtype and device
+            self.k, self.v = (t.new_empty(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.qk_norm, self.dropout = config.n_head, config.qk_norm, config.dropout
+        self.flash = config.flash
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)                                                  # (B, T, C) each
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)                                                             # (B, nh, S, hs)
+        attend = fused_attention if self.flash else explicit_attention
+        y = attend(q, k, v, self.dropout if self.training else 0.0)                               # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)                                                    # heads side by side
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation, self.dropout = config.activation, config.dropout
+
+    def forward(self, x):
+        x = self.c_fc(x)                                                                          # (B, T, 4C)
+        x = F.relu(x).square() if self.activation == 'relu2' else F.gelu(x, approximate='tanh')
+        return F.dropout(self.c_proj(x), self.dropout, self.training)                             # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = layer_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = layer_norm(config)
+        self.mlp = MLP(config)
+        self.norm, self.residual, self.layer_drop = config.norm, config.residual, config.layer_drop
+
+    def forward(self, x, rope=None, cache=None):
+        x = self.branch(x, self.ln_1, lambda x: self.attn(x, rope, cache))
+        return self.branch(x, self.ln_2, self.mlp)
+
+    def branch(self, x, norm, layer):
+        """GPT-2's x + layer(norm(x)), or what the config puts in its place; (B, T, C) -> (B, T, C)."""
+        y = layer(norm(x) if self.norm == 'pre' else x)
+        if self.layer_drop and self.training:   # whole sequences skip the branch, the others make up for them
+            keep = torch.rand(x.size(0), 1, 1, device=x.device) >= self.layer_drop                # (B, 1, 1)
+            y = y * keep / (1 - self.layer_drop)
+        y = x + y if self.residual else y
+        return norm(y) if self.norm == 'post' else y
+
+
+def layer_norm(config):
+    return nn.Identity() if config.norm == 'none' else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=layer_norm(config) if config.norm == 'pre' else nn.Identity(),   # 'post' has just normalised
+        ))
+        if config.pos == 'learned':
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.pos == 'rope':
+            hs = config.n_embd // config.n_head
+            angle = torch.outer(torch.arange(config.block_size), 10000.0 ** -(torch.arange(0, hs, 2) / hs))
+            self.register_buffer('rope', torch.stack((angle.cos(), angle.sin())), persistent=False)  # (2, T, hs/2)
+        # GPT-2's initialisation: N(0, 0.02); what is added to the residual stream 2·n_layer times starts smaller
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64, T <= block_size; targets likewise, -1 ignored -> logits (B, T, V), mean loss in nats or None."""
+        logits = self.lm_head(self.hidden(idx))                                                   # (B, T, V)
+        if targets is None:
+            return logits, None
+        smoothing = self.config.label_smoothing if self.training else 0.0   # evaluation is in true nats
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                                       label_smoothing=smoothing)
+
+    def hidden(self, idx, cache=None):
+        """What the head reads: (B, T) -> (B, T, C). With a cache (one LayerCache a layer) idx continues what it holds."""
+        T, past = idx.size(1), cache[0].length if cache else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}; pass the last ones")
+        x = self.transformer.wte(idx)                                                             # (B, T, C)
+        if self.config.pos == 'learned':
+            x = x + self.transformer.wpe.weight[past:past + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        rope = self.rope[:, past:past + T] if self.config.pos == 'rope' else None
+        for i, block in enumerate(self.transformer.h):
+            if self.config.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache and cache[i])
+        return self.transformer.ln_f(x)
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+               generator=None, kv_cache=True):
+        """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate."""
+        if idx.size(1) == 0:
+            raise ValueError("an empty prompt: idx needs at least one token, such as the end-of-text token or a newline")
+        cache, block_size = None, self.config.block_size
+        for _ in range(max_new_tokens):
+            if kv_cache and idx.size(1) <= block_size:
+                if cache is None:
+                    cache = [LayerCache(block_size) for _ in self.transformer.h]
+                x = self.hidden(idx[:, cache[0].length:] if cache else idx, cache)
+            else:   # past block_size every position of the window shifts, and what was cached is no longer true
+                x = self.hidden(idx[:, -block_size:])
+            logits = self.lm_head(x[:, -1]).float()                                               # (B, V)
+            new = draw(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)     # (B, 1)
+            idx = torch.cat((idx, new), dim=1)                                                    # (B, T + 1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+                 stop=None, generator=None, kv_cache=True):
+        """Continue every row of idx (B, T) -> (B, T + new).
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest that hold that share of
+        the probability. stop: a token id or several; a row that draws one repeats it, and all rows done end the call.
+        The kv_cache changes the speed and not the text."""
+        was_training, stop = self.training, torch.as_tensor([] if stop is None else stop, device=idx.device).view(-1)
+        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        self.eval()
+        try:
+            tokens = [idx]
+            for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, generator, kv_cache):
+                tokens.append(torch.where(done, tokens[-1][:, -1:], new))
+                done = done | torch.isin(tokens[-1], stop)
+                if stop.numel() and done.all():
+                    break
+        finally:
+            self.train(was_training)
+        return torch.cat(tokens, dim=1)
+
+    # ---- what the training loop asks of the model ------------------------------------------------------------------
+
+    def num_params(self):
+        """Parameters, a tied matrix counted once: 124,439,808 for GPT-2."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Forward and backward, as PaLM's appendix B counts (arXiv 2204.02311): 6 per weight that multiplies, and attention."""
+        c = self.config
+        looked_up = sum(e.weight.numel() for name, e in self.transformer.items()
+                        if name == 'wpe' or name == 'wte' and not c.tie_weights)
+        return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def optimizer_groups(self, weight_decay):
+        """AdamW's parameter groups: decay for what multiplies (matrices, embeddings), none for biases and norms."""
+        return [dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay),
+                dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)]
+
+    def muon_matrices(self):
+        """The blocks' matrices as Muon takes them: (name, parameter, row slice); QKV is three matrices in one tensor.
+
+        Embeddings and head stay with AdamW (kellerjordan.github.io/posts/muon)."""
+        C = self.config.n_embd
+        for name, p in self.transformer.h.named_parameters():
+            if p.dim() == 2:
+                for start in range(0, p.size(0), C) if name.endswith('c_attn.weight') else (None,):
+                    yield name, p, slice(None) if start is None else slice(start, start + C)
+
+
+def draw(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
+    """One token a row from logits (B, V), given the tokens before it (B, T) -> (B, 1).
+
+    Penalty, temperature, top_k, top_p, in the order and with the meaning transformers gives them."""
+    if repetition_penalty != 1.0:   # CTRL's (arXiv 1909.05858): tokens already seen become less likely
+        seen = logits.gather(1, idx)
+        logits = logits.scatter(1, idx, torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty))
+    if temperature == 0:
+        return logits.argmax(dim=1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(1):
+        kept = logits.topk(top_k)   # exactly k, also on ties
+        logits = torch.full_like(logits, float('-inf')).scatter(1, kept.indices, kept.values)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)   # mass of the likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float('-inf'))
+    return torch.multinomial(logits.softmax(dim=1), num_samples=1, generator=generator)

@@ -1,0 +1,69 @@
+"""
+Tiny Shakespeare (char-rnn's file) to token files: 90 % training, 10 % validation.
+
+    python prepare_shakespeare.py                     # characters -> data/shakespeare_char/
+    python prepare_shakespeare.py --tokenizer=gpt2    # GPT-2's BPE -> data/shakespeare/
+    python prepare_shakespeare.py --input=FILE        # a local copy instead of the download
+
+Reads the network or FILE; writes input.txt, train.bin, val.bin and meta.json. As characters: 65 symbols,
+1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966 and 36,059.
+"""
+import hashlib
+import os
+import sys
+
+from configurator import configure, fail
+from data import download, find_dataset, make_tokenizer, stand_in_text, write_dataset
+
+tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
+input = ''           # a local copy of the text, instead of the download
+data_dir = 'data'    # the dataset becomes a folder in here
+url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'  # where it is downloaded from
+stand_in = False     # if the download fails, use text that every Python ships instead, marked as such
+configure(globals())
+
+SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+name = {'char': 'shakespeare_char', 'gpt2': 'shakespeare'}.get(tokenizer, f'shakespeare_{tokenizer}')
+folder, _ = find_dataset(name, data_dir)
+source = dict(name='Tiny Shakespeare', url=url, sha256=SHA256, stand_in=False)
+path = input or os.path.join(folder, 'input.txt')
+
+try:
+    if not input:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, 'rb') if os.path.exists(path) else open(os.devnull, 'rb') as f:
+            have = hashlib.sha256(f.read()).hexdigest() == SHA256
+        if not have:
+            download(url, path, SIZE, SHA256)
+    with open(path, 'rb') as f:
+        raw = f.read()
+except OSError as error:
+    if input or not stand_in:
+        fail(f'{error}; ' + ('--input takes a text file' if input else
+             'type --input=FILE for a local copy of input.txt, or --stand_in to go on with another text'))
+    raw = stand_in_text().encode('utf-8')
+    source = dict(name="the topics of Python's language reference (pydoc_data.topics)", url=None, stand_in=True,
+                  instead_of='TINY SHAKESPEARE', reason=f'the download failed: {error}')
+
+source['sha256'] = hashlib.sha256(raw).hexdigest()
+if not source['stand_in'] and source['sha256'] != SHA256:
+    source.update(name=os.path.basename(input), url=None)
+    print(f'note: {input} is not the Tiny Shakespeare file; taken as it is and recorded under its own name', file=sys.stderr)
+try:
+    text = raw.decode('utf-8')
+except UnicodeDecodeError as error:
+    fail(f'{path} is not UTF-8 (byte {error.start}); convert it first: iconv -f latin1 -t utf-8')
+
+cut = int(0.9 * len(text))
+if cut == 0:
+    fail(f'{path} is too short to split: it has {len(text)} characters; use a text of some thousands')
+parts = dict(train=text[:cut], val=text[cut:])
+vocabulary = make_tokenizer(tokenizer, text)
+try:
+    meta = write_dataset(folder, {split: (vocabulary.encode(part), len(part.encode())) for split, part in parts.items()},
+                         vocabulary, source)
+except OSError as error:
+    fail(f'{folder} cannot be written: {error}; type --data_dir=FOLDER for another place')
+counts = ', '.join(f'{split} {info["tokens"]:,}' for split, info in meta['splits'].items())
+print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}', file=sys.stderr)

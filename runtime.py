@@ -1,0 +1,188 @@
+"""
+What a script asks of the machine: device, precision, compilation, torchrun's ranks, signals.
+
+'auto' means: the best that works here, and `describe` says in one line what that came to.
+"""
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from configurator import fail
+
+# Dense bf16 (fp16 before Ampere) peak, FLOP/s, from NVIDIA's data sheets; what is not listed gets no MFU.
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12,
+              'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def say(*words):
+    """Progress and notes go to stderr, from rank 0 alone: stdout is for what the command is for."""
+    if os.environ.get('RANK', '0') == '0':
+        print(*words, file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    """3725 -> '1h 02m'; to be read, not computed with."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours:,}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s'
+
+
+def find_device(name):
+    """'auto' -> 'cuda', or else 'mps', or else 'cpu'; a name that cannot be had here fails."""
+    usable = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    if name == 'auto':
+        return usable[0]
+    kind, _, index = str(name).partition(':')
+    if kind not in usable or index and not (index.isdigit() and kind == 'cuda' and int(index) < torch.cuda.device_count()):
+        fail(f'device={name}: not on this machine; it has {", ".join(usable)}; type --device=auto')
+    return name
+
+
+def cpu_has_bf16():
+    """Whether this processor multiplies bf16 itself; one that emulates it is 44 to 500 times slower (pytorch #146508)."""
+    probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def find_dtype(name, device):
+    """'auto' -> 'bfloat16' where the hardware has it, 'float16' on older GPUs, 'float32' elsewhere."""
+    allowed = ('auto', 'float32', 'bfloat16', 'float16')
+    if name not in allowed:
+        fail(f'dtype={name}: allowed are {", ".join(allowed)}; type --dtype=auto')
+    if name == 'float16' and not device.startswith('cuda'):
+        fail(f'dtype=float16 needs a GPU (on a processor it is hundreds of times slower); '
+             f'allowed on {device} are float32 and bfloat16; type --dtype=auto')
+    if name != 'auto':
+        return name
+    if device.startswith('cuda'):   # capability, since is_bf16_supported() is also true where it is emulated (pytorch #148322)
+        return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
+    return 'bfloat16' if device == 'cpu' and cpu_has_bf16() else 'float32'
+
+
+def find_compile(choice, device):
+    """(compile or not, why). 'auto' is on for CUDA on Linux where a first small function compiles.
+
+    On a processor it gains a few percent and costs tens of seconds (results/negative.md)."""
+    if choice not in ('auto', True, False):
+        fail(f'compile={choice}: allowed are auto, True, False; type --compile=auto')
+    if choice is False:
+        return False, ''
+    if choice == 'auto' and device == 'cpu':
+        return False, ''
+    if choice == 'auto' and not (device.startswith('cuda') and platform.system() == 'Linux'):
+        return False, f' (not tried on {device}, {platform.system()})'
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            torch.compile(lambda x: (x + 1).sum())(torch.ones(8, device=device))
+    except Exception as error:   # no compiler, no Triton, a Python too new: the kinds are many and not ours
+        reason = str(error).strip().splitlines()[0][:160]
+        if choice == 'auto':
+            return False, f' (torch.compile does not work here: {reason})'
+        fail(f'compile=True, but torch.compile does not work here: {reason}; it needs a C++ compiler '
+             f'(found: {shutil.which(os.environ.get("CXX", "g++")) or "none"}); type --compile=False')
+    return True, ''
+
+
+def set_up(device, dtype, compile, deterministic=False):
+    """Resolve dtype and compile for a device and set torch's switches; returns (dtype, compile) and says it in one line."""
+    dtype = find_dtype(dtype, device)
+    # fp32 products: TF32 on a GPU; on AMD processors oneDNN instead of MKL's generic path, still fp32, 1.2 to 2.9 times
+    # faster; on an AMX Xeon this rounds to bf16 (pytorch PR #116015)
+    torch.set_float32_matmul_precision('highest' if deterministic else 'high' if device.startswith('cuda') else 'medium')
+    torch.set_flush_denormal(True)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS repeats itself only with this
+        torch.use_deterministic_algorithms(True)
+    compile, why = find_compile(compile, device)
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') else (
+        f'{torch.get_num_threads()} threads' + ', AVX512_BF16 or AMX' * cpu_has_bf16() if device == 'cpu' else platform.machine())
+    say(f'device {device} ({name}), dtype {dtype}, compile {compile}{why}, torch {torch.__version__}')
+    return dtype, compile
+
+
+def autocast(device, dtype):
+    """The context that runs matrix products in dtype and keeps norms and losses in fp32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))
+
+
+def peak_flops(device):
+    """FLOP/s to divide by for MFU, or None where the peak is not known."""
+    if not device.startswith('cuda'):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+# ---- torchrun ------------------------------------------------------------------------------------------------------
+
+def join_ranks(backend, device):
+    """(rank, ranks, device) under torchrun, (0, 1, device) without. backend 'auto': nccl on GPUs, gloo elsewhere."""
+    if 'RANK' not in os.environ:
+        return 0, 1, device
+    allowed = ('auto', 'nccl', 'gloo')
+    if backend not in allowed or backend == 'nccl' and not device.startswith('cuda'):
+        fail(f'backend={backend}: allowed on {device} are auto, gloo{", nccl" * device.startswith("cuda")}; type --backend=auto')
+    if device == 'cuda':
+        local, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if local >= count:
+            fail(f'torchrun asks for GPU {local} and this machine has {count}; type --nproc_per_node={count}')
+        device = f'cuda:{local}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') and backend != 'gloo' else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def total(values, device):
+    """Sum a list of numbers over all ranks; SUM, because gloo has no average."""
+    if not dist.is_initialized():
+        return values
+    summed = torch.tensor(values, dtype=torch.float64, device=device if device.startswith('cuda') else 'cpu')
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+@torch.no_grad()
+def mean_loss(model, batches, device, dtype):
+    """Mean nats per target over batches of x, y (B, T), the shares of all ranks together; leaves model's mode as it was."""
+    was_training, nats, targets = model.training, 0.0, 0
+    model.eval()
+    for x, y in batches:
+        with autocast(device, dtype):
+            _, loss = model(x.to(device), y.to(device))
+        count = int((y >= 0).sum())
+        nats, targets = nats + loss.double() * count if device != 'mps' else nats + loss * count, targets + count
+    model.train(was_training)
+    nats, targets = total([float(nats), targets], device)
+    return nats / targets
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+class Signals:
+    """SIGINT and SIGTERM, noted instead of obeyed, so that the step can be finished and saved."""
+
+    def __init__(self):
+        self.caught = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.caught == number == signal.SIGINT:   # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def agreed(self, device):
+        """The signal that some rank has caught, the same on all of them, or 0."""
+        if not dist.is_initialized():
+            return self.caught
+        highest = torch.tensor(self.caught, device=device if device.startswith('cuda') else 'cpu')
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return int(highest)

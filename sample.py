@@ -1,0 +1,101 @@
+"""
+Write text with a trained model.
+
+    python sample.py --start "ROMEO:"                    # a prompt
+    python sample.py --start=FILE:prompt.txt             # from a file, or - for standard input
+    python sample.py --checkpoint=out/last.pt --temperature=0 --num_samples=3
+
+Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it is generated.
+"""
+import codecs
+import signal
+import sys
+
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from configurator import configure, fail
+from runtime import say
+
+out_dir = 'out'          # folder of the run
+checkpoint = ''          # a checkpoint file, instead of the one in out_dir
+data_dir = 'data'        # where a checkpoint by nanoGPT finds its vocabulary
+start = ''               # the prompt, FILE:path, or - for standard input; empty: as a text begins
+num_samples = 1          # texts to write
+max_new_tokens = 500     # tokens to add to the prompt
+temperature = 0.8        # 0 takes the likeliest token, 1 the model's own odds, more is wilder
+top_k = None             # keep the k likeliest tokens only
+top_p = None             # keep the fewest tokens that hold this share of the probability
+repetition_penalty = 1.0  # above 1, tokens already seen become less likely
+stop = ''                # end a text before this string
+seed = 1337              # of the first sample; the next ones count up from it
+kv_cache = True          # remember keys and values of earlier tokens: same text, faster
+device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for matrix products
+compile = 'auto'         # torch.compile; 'auto' is off here, where a text is too short to pay for it
+configure(globals(), runtime.find_device)
+
+for name, value, good, allowed in (
+        ('num_samples', num_samples, num_samples >= 1, '1 or more'),
+        ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more'),
+        ('temperature', temperature, temperature >= 0, '0 or more'),
+        ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or a whole number from 1'),
+        ('top_p', top_p, top_p is None or type(top_p) in (int, float) and 0 < top_p <= 1, 'None or above 0 up to 1'),
+        ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
+        ('seed', seed, 0 <= seed < 2**63, '0 or more')):
+    if not good:
+        default = dict(num_samples=1, max_new_tokens=500, temperature=0.8, repetition_penalty=1.0, seed=1337).get(name)
+        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={default}')
+
+path = checkpoints.find(out_dir, checkpoint)
+loaded = checkpoints.load(path)
+tokenizer = checkpoints.find_tokenizer(loaded, path, data_dir)
+model = checkpoints.build_model(loaded, path).to(device).eval()
+dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
+say(f'{path}: iter {loaded.get("iter_num")}, {model.num_params():,} parameters')
+if compile:
+    model.forward = torch.compile(model.forward)
+
+if start == '-':
+    prompt = sys.stdin.read()
+elif start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            prompt = f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f'--start={start}: {error}; FILE: takes a text file in UTF-8')
+else:
+    prompt = start
+
+ids = tokenizer.encode(prompt or tokenizer.opening)
+if len(ids) > model.config.block_size:
+    say(f'the prompt has {len(ids):,} tokens; the model sees the last {model.config.block_size:,}')
+idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
+
+for number in (signal.SIGINT, getattr(signal, 'SIGPIPE', signal.SIGINT)):
+    signal.signal(number, signal.SIG_DFL)   # Ctrl-C, or a reader such as head that has seen enough, just ends it
+
+
+def write(text):
+    sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
+    sys.stdout.buffer.flush()
+
+
+for i in range(num_samples):
+    if num_samples > 1:
+        write(f'{"-" * 15} sample {i + 1}\n')
+    write(prompt)
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')   # holds a character back until all its bytes are there
+    generator = torch.Generator(device).manual_seed(seed + i)
+    held = ''   # what may be the beginning of `stop`
+    with runtime.autocast(device, dtype):
+        for new in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, generator, kv_cache):
+            held += decoder.decode(tokenizer.decode(new[0].tolist()))
+            if stop and stop in held:
+                held = held.partition(stop)[0]
+                break
+            sure = max(0, len(held) - len(stop) + 1) if stop else len(held)
+            write(held[:sure])
+            held = held[sure:]
+    write(held + decoder.decode(b'', final=True) + '\n')

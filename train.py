@@ -1,0 +1,417 @@
+"""
+Train a GPT: one straight story from knobs to a finished model.
+
+    python train.py config/train_shakespeare_char.py                  # the main job
+    python train.py config/train_shakespeare_char.py --n_layer=8      # any knob can be overridden
+    python train.py --init_from=resume                                # go on with the run in out_dir
+    torchrun --standalone --nproc_per_node=8 train.py config/...      # one process a GPU (or a core)
+
+Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
+"""
+import csv
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import runtime
+from configurator import configure, fail
+from data import PREPARE, Dataset, TrainingWindows, evaluation_batches, find_dataset
+from model import GPT, GPTConfig
+from runtime import say
+
+# ---- knobs ---------------------------------------------------------------------------------------------------------
+# the run
+out_dir = 'out'              # folder of checkpoints and logs
+init_from = 'scratch'        # 'scratch', or 'resume': go on from out_dir/last.pt, with its knobs where none are given
+eval_interval = 2000         # optimizer steps between evaluations, each followed by a save
+eval_iters = 200             # batches an evaluation looks at, the same ones every time; the last one takes the whole split
+eval_only = False            # evaluate the whole validation split and stop
+always_save_checkpoint = True  # False: an evaluation writes last.pt only if the loss improved (the end always writes)
+log_interval = 1             # optimizer steps between log lines
+sample_interval = 0          # optimizer steps between samples printed, 0 for none
+seed = 1337                  # of weights, windows and dropout
+deterministic = False        # bit-identical repeats on a GPU too, at some cost in speed
+wandb_log = False            # log to Weights & Biases
+wandb_project = 'gpt'        # its project
+wandb_run_name = 'gpt2'      # its run
+tensorboard_log = False      # log to out_dir/tensorboard
+# data
+dataset = 'shakespeare_char'  # folder in data_dir
+data_dir = 'data'            # where datasets live
+prepare = ''                 # script and flags that make the dataset, run when it is missing
+gradient_accumulation_steps = 40  # micro-steps per optimizer step, over all ranks together
+batch_size = 12              # sequences per micro-step
+block_size = 1024            # tokens of context
+# model (GPTConfig in model.py)
+n_layer = 12                 # blocks
+n_head = 12                  # attention heads in a block
+n_embd = 768                 # width
+dropout = 0.0                # share of activations dropped; on a CPU it costs half the speed
+bias = True                  # biases in linears and norms
+qkv_bias = True              # bias of the QKV projection
+tie_weights = True           # the head is the token embedding
+pos = 'learned'              # positions: 'learned', 'rope' or 'none'
+norm = 'pre'                 # layer norm: 'pre', 'post' or 'none'
+residual = True              # x + f(x), else f(x)
+qk_norm = False              # normalise queries and keys
+activation = 'gelu'          # 'gelu' or 'relu2'
+flash = True                 # fused attention, else the explicit formula
+label_smoothing = 0.0        # share of the target spread over the vocabulary, in training only
+layer_drop = 0.0             # probability that a sequence skips a residual branch
+grad_checkpointing = False   # recompute blocks in the backward pass: less memory, more time
+# optimizer
+optimizer = 'adamw'          # 'adamw', or 'muon' for the blocks' matrices and AdamW for the rest
+learning_rate = 6e-4         # AdamW's peak
+muon_learning_rate = 0.02    # Muon's peak; both follow the same schedule
+max_iters = 600000           # optimizer steps
+weight_decay = 1e-1          # decoupled, on matrices only
+beta1 = 0.9                  # AdamW's
+beta2 = 0.95                 # AdamW's
+grad_clip = 1.0              # largest gradient norm, 0 for no clipping
+decay_lr = True              # warm up and decay, else a constant rate
+warmup_iters = 2000          # steps of linear warm-up
+lr_decay_iters = None        # step at which the cosine reaches min_lr; None: max_iters
+min_lr = 6e-5                # the rate at the end
+# machine
+backend = 'auto'             # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
+device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
+compile = 'auto'             # torch.compile: True, False
+knobs, given = configure(globals(), runtime.find_device)
+
+# ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
+resumed = None
+if init_from == 'resume':
+    path = checkpoint.find(out_dir, names=('last.pt', 'best.pt', 'ckpt.pt'))
+    resumed = checkpoint.load(path)
+    # the run goes on as it was; what is typed now wins, and what belongs to the machine is found anew
+    machine = ('init_from', 'out_dir', 'data_dir', 'eval_only', 'backend', 'device', 'dtype', 'compile')
+    for key, value in (resumed.get('config') or {}).items():
+        if key in knobs and key not in given and key not in machine:
+            knobs[key] = globals()[key] = value
+elif init_from != 'scratch':
+    fail(f"init_from={init_from!r}: allowed are scratch, resume; type --init_from=scratch")
+
+lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, seed=0, gradient_accumulation_steps=1,
+              batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, weight_decay=0, beta1=0, beta2=0, grad_clip=0,
+              warmup_iters=0, min_lr=0)
+for key, least in lowest.items():
+    if not least <= knobs[key] < 2**63:
+        fail(f'{key}={knobs[key]}: it must be {least} or more; type --{key}={max(least, 1)}')
+if not (beta1 < 1 and beta2 < 1):
+    fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
+if lr_decay_iters is not None and (type(lr_decay_iters) is not int or lr_decay_iters < 0):
+    fail(f'lr_decay_iters={lr_decay_iters!r}: it must be None or a whole number, 0 or more; type --lr_decay_iters={max_iters}')
+if optimizer not in ('adamw', 'muon'):
+    fail(f'optimizer={optimizer!r}: allowed are adamw, muon; type --optimizer=adamw')
+shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'qkv_bias', 'tie_weights', 'pos', 'norm', 'residual', 'qk_norm',
+         'activation')
+training = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')
+if resumed:
+    for key in shape:
+        if (had := resumed['model_args'].get(key, knobs[key])) != knobs[key] and key in given:
+            fail(f'{key}={knobs[key]}, but the run in {path} has {key}={had}, and a resumed run keeps its shape; '
+                 f'type --{key}={had}, or another --out_dir for a new run')
+        knobs[key] = globals()[key] = had
+try:
+    GPTConfig(**{key: knobs[key] for key in shape + training})
+except ValueError as error:
+    fail(error)
+rank, ranks, device = runtime.join_ranks(backend, device)
+if gradient_accumulation_steps % ranks:
+    nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
+    fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} ranks; it counts the '
+         f'micro-steps of all ranks together; type --gradient_accumulation_steps={nearest}')
+dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+folder, ready = find_dataset(dataset, data_dir)
+if not ready and not prepare:
+    fail(f'{folder} has no train.bin and val.bin; make them first: {PREPARE.get(dataset, "see the prepare scripts")}')
+if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+    say(f'{folder} is missing: running {prepare}')
+    script, *flags = shlex.split(prepare)
+    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *flags]
+    if status := subprocess.run([*command, f'--data_dir={data_dir}', '--stand_in']).returncode:
+        sys.exit(status)
+if ranks > 1:
+    dist.barrier()
+data = Dataset(dataset, data_dir)
+say(data.stand_in_banner()) if data.stand_in_banner() else None
+windows = TrainingWindows(data, 'train', block_size, seed)
+data.split('val')
+
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
+        os.remove(f.name)
+except OSError as error:
+    fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
+
+# ---- model and optimizers ------------------------------------------------------------------------------------------
+torch.manual_seed(seed)
+if resumed:
+    model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in training})
+    if model.config.vocab_size < data.vocab_size:
+        fail(f'{path} has a vocabulary of {model.config.vocab_size:,} and {folder} one of {data.vocab_size:,}; type '
+             f'--dataset=NAME for the one it was trained on')
+else:
+    model = GPT(GPTConfig(vocab_size=data.vocab_size, **{key: knobs[key] for key in shape + training}))
+model.to(device)
+
+# Muon sees each block matrix as a parameter of its own that shares the model's storage; QKV is three of them
+sliced = [(p, rows, nn.Parameter(p.detach()[rows])) for _, p, rows in model.muon_matrices()] if optimizer == 'muon' else []
+muons = {id(p) for p, _, _ in sliced}
+groups = model.optimizer_groups(weight_decay)
+for group in groups:
+    group['params'] = [p for p in group['params'] if id(p) not in muons]
+optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device != 'mps')]
+if sliced:
+    optimizers.append(torch.optim.Muon([p for _, _, p in sliced], lr=muon_learning_rate, weight_decay=weight_decay))
+for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
+    for group in opt.param_groups:
+        group['peak'] = peak
+scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
+
+step, best_val_loss, seconds = 0, math.inf, 0.0   # updates made, lowest validation loss, seconds of training
+if resumed:
+    step, best_val_loss, seconds = resumed['iter_num'], float(resumed['best_val_loss']), resumed.get('seconds', 0.0)
+    states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
+    try:
+        for opt, state in zip(optimizers, states, strict=True):
+            opt.load_state_dict(state)
+    except ValueError as error:
+        fail(f'{path}: its optimizer state is not for optimizer={optimizer} ({error}); type --optimizer= what it was trained with')
+    scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
+    for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
+        for group in opt.param_groups:   # a rate or decay typed anew holds from here on
+            group['peak'] = peak
+            group['weight_decay'] = weight_decay if group['weight_decay'] else 0.0
+    resumed = None   # its tensors would sit in memory twice
+    say(f'resumed from {path} at iter {step}')
+
+compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
+trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None) if ranks > 1 else compiled
+
+
+def micro_step(first, sync=True):
+    """Loss and gradient of the batch_size windows from number `first` on, added to what the parameters hold; returns the loss."""
+    x, y = windows.batch(first, batch_size)                                                        # (B, T)
+    if device.startswith('cuda'):
+        x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    if ranks > 1:
+        trained.require_backward_grad_sync = sync
+    with runtime.autocast(device, dtype):
+        _, loss = trained(x, y)
+    scaler.scale(loss / micro_steps).backward()
+    return loss.detach()
+
+
+def schedule(step):
+    """Share of the peak rate: linear warm-up, cosine decay, then min_lr."""
+    if not decay_lr:
+        return 1.0
+    floor = min_lr / learning_rate if learning_rate else 1.0
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    end = max_iters if lr_decay_iters is None else lr_decay_iters
+    if step >= end:
+        return floor
+    done = (step - warmup_iters) / (end - warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def evaluate(batches):
+    """Validation loss in nats per token over a fixed sample of batches, or over the whole split for None."""
+    return runtime.mean_loss(compiled, evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks), device, dtype)
+
+
+def save(name):
+    """Write a checkpoint into out_dir, from rank 0 alone."""
+    if rank == 0:
+        checkpoint.save(os.path.join(out_dir, name), dict(
+            format=1, model=model.state_dict(), model_args=checkpoint.model_args(model), tokenizer=data.tokenizer.state(),
+            optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(), iter_num=step,
+            best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds, config=knobs,
+            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if device.startswith('cuda') else [])))
+
+
+def log_row(**row):
+    """Append one row to log.csv, from rank 0 alone; a column that has no value stays empty."""
+    if rank == 0:
+        with open(log_path, 'a', newline='') as f:
+            csv.DictWriter(f, columns).writerow(row)
+        for write in trackers:
+            write({key: value for key, value in row.items() if value != ''}, row['iter'])
+
+
+def plot_losses():
+    """loss.png: both losses of log.csv against tokens."""
+    try:
+        import matplotlib   # here: training needs it for this picture alone, and goes on without
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    with open(log_path, newline='') as f:
+        rows = list(csv.DictReader(f))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
+        points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
+        if points:
+            axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
+    axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {model.num_params():,} parameters')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110, bbox_inches='tight')
+    plt.close(figure)
+
+
+def print_sample():
+    """Show what the model writes now, after the first token of the validation split."""
+    first = torch.tensor(data.split('val')[0][:1].astype(np.int64), device=device)[None]           # (1, 1)
+    generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
+    with runtime.autocast(device, dtype):
+        idx = model.generate(first, 200, temperature=0.8, generator=generator)
+    say('-' * 40 + '\n' + data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace') + '\n' + '-' * 40)
+
+
+# ---- before the first step: what is about to happen ----------------------------------------------------------------
+micro_steps = gradient_accumulation_steps // ranks   # of this rank
+sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
+tokens_per_step = sequences * block_size
+say(f'{model.num_params():,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training tokens, '
+    f'{tokens_per_step / max(len(windows) * block_size, 1):.3g} epochs a step')
+say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accumulation_steps} accumulation '
+    f'({micro_steps} each on {ranks} ranks) = {tokens_per_step:,}')
+say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.4f} at the start')
+
+columns = ('iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds')
+log_path = os.path.join(out_dir, 'log.csv')
+trackers = []   # functions of (row, step) that send a logged row elsewhere
+if rank == 0 and not eval_only:
+    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump({**knobs, 'device': device, 'dtype': dtype, 'compile': compile, 'ranks': ranks, 'parameters': model.num_params(),
+                   'versions': dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                   'machine': platform.platform()}, f, indent=1)
+    kept = []   # a resumed run writes the rows from its checkpoint on anew
+    if step and os.path.exists(log_path):
+        with open(log_path, newline='') as f:
+            kept = [row for row in csv.DictReader(f) if int(row['iter']) < step]
+    with open(log_path, 'w', newline='') as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    if wandb_log:
+        import wandb   # optional, and only where asked for
+        wandb.init(project=wandb_project, name=wandb_run_name, config=knobs)
+        trackers.append(lambda row, step: wandb.log(row, step=step))
+    if tensorboard_log:
+        from torch.utils.tensorboard import SummaryWriter   # likewise
+        board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
+        trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
+
+signals = runtime.Signals()
+if eval_only:
+    val_loss = evaluate(None)
+    say(f'val loss {val_loss:.4f} on the whole split ({sum(map(len, data.split("val"))):,} tokens), perplexity {math.exp(val_loss):.2f}')
+    sys.exit(0)
+if step < max_iters:
+    for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
+        started = time.perf_counter()
+        float(micro_step(step * sequences))
+    model.zero_grad(set_to_none=True)
+    say(f'estimated time: {runtime.clock((time.perf_counter() - started) * micro_steps * (max_iters - step))} '
+        f'for {max_iters - step:,} steps, evaluations apart')
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+model.train()
+peak = runtime.peak_flops(device)
+logged_step, logged_seconds = step, seconds
+while True:
+    val_loss, last = None, step >= max_iters
+    if step % eval_interval == 0 or last:
+        val_loss = sample_loss = evaluate(eval_iters)
+        if last:
+            val_loss = evaluate(None)
+        improved = sample_loss < best_val_loss   # always judged on the same sample
+        best_val_loss = min(best_val_loss, sample_loss)
+        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + ' on the whole split' * last)
+        if improved:
+            save('best.pt')
+        if improved or last or always_save_checkpoint:
+            save('last.pt')
+    if sample_interval and (last or step and step % sample_interval == 0) and rank == 0:
+        print_sample()
+    if last:
+        log_row(iter=step, tokens=step * tokens_per_step, val_loss=f'{val_loss:.6f}', seconds=f'{seconds:.3f}')
+    if val_loss is not None and rank == 0:
+        plot_losses()
+    caught = 0 if last else signals.agreed(device)
+    if caught:
+        save('last.pt')
+        say(f'signal {caught}: saved {os.path.join(out_dir, "last.pt")} at iter {step}; type --init_from=resume to go on')
+    if last or caught:
+        break
+
+    started = time.perf_counter()
+    # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    rate = schedule(step)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = group['peak'] * rate
+    loss = 0.0
+    for i in range(micro_steps):
+        loss = loss + micro_step(step * sequences + (rank * micro_steps + i) * batch_size, sync=i == micro_steps - 1)
+    for p, rows, part in sliced:
+        part.grad = p.grad[rows]   # a view, so that unscaling and clipping reach both
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if not (scaler.is_enabled() and not torch.isfinite(grad_norm)):   # fp16 overflowed: skip, and the scale goes down
+        for opt in optimizers:
+            opt.step()
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+
+    logged = step % log_interval == 0 or val_loss is not None
+    if logged or (step + 1) % eval_interval == 0 or step + 1 == max_iters or device == 'cpu':   # else a GPU need not wait
+        loss, grad_norm = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps, float(grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+            fail(f'iter {step}: loss {loss}, gradient norm {grad_norm}, learning rate {rate * learning_rate:.3g}, loss scale '
+                 f'{scaler.get_scale():g}: no longer finite; no checkpoint was overwritten; type a lower --learning_rate (or '
+                 f'--muon_learning_rate), more --warmup_iters, or --dtype=float32')
+    seconds += time.perf_counter() - started
+    if logged:
+        steps, spent = step + 1 - logged_step, seconds - logged_seconds
+        tok_per_s = steps * tokens_per_step / spent
+        mfu = f' | mfu {tok_per_s * model.flops_per_token() / peak / ranks:.1%}' if peak else ''
+        say(f'iter {step}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} | lr {rate * learning_rate:.2e} | '
+            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | '
+            f'{runtime.clock((max_iters - step - 1) * spent / steps)} left')
+        log_row(iter=step, tokens=step * tokens_per_step, train_loss=f'{loss:.6f}', val_loss='' if val_loss is None else
+                f'{val_loss:.6f}', lr=f'{rate * learning_rate:.6g}', grad_norm=f'{grad_norm:.6g}', tok_per_s=f'{tok_per_s:.0f}',
+                seconds=f'{seconds:.3f}')
+        logged_step, logged_seconds = step + 1, seconds
+    step += 1
+
+if last:
+    say(f'done: {step:,} steps, {runtime.clock(seconds)} of training; val loss {val_loss:.4f} nats per token on the whole split; '
+        f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
+if ranks > 1:
+    dist.destroy_process_group()
+sys.exit(128 + caught if caught else 0)
