@@ -51,8 +51,8 @@ def load(path):
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()
-        fail(f'{path} cannot be read as a checkpoint ({type(error).__name__}: {reason[0][:150] if reason else ""}): damaged, or '
-             f'not one of ours; type --checkpoint=FILE for another')
+        fail(f'{path} cannot be read as a checkpoint ({type(error).__name__}: {reason[0][:150] if reason else ""}): it is '
+             f'damaged or none of ours; type --checkpoint=FILE for another')
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ('model', 'model_args')):
         fail(f'{path} is not a checkpoint of this project: it lacks model or model_args; type --checkpoint=FILE for another')
     return loaded

@@ -73,7 +73,7 @@ class GPT2Tokenizer:
     vocab_size, opening = 50257, '<|endoftext|>'
 
     def __init__(self):
-        import tiktoken   # here, so that characters and bytes need torch and numpy alone
+        import tiktoken  # here, so that characters and bytes need torch and numpy alone
         try:
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as error:   # whatever its download met
@@ -113,7 +113,7 @@ def load_tokenizer(state):
 
 def download(url, path, size, sha256, tries=3):
     """Fetch url to path, which appears only once size (bytes) and SHA-256 are right. Raises OSError with the reason."""
-    import requests   # here, so that training on data that exists does without
+    import requests  # here, so that training on data that exists does without
     part = path + '.part'
     for attempt in range(tries):
         try:
@@ -192,9 +192,15 @@ class Dataset:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pickle.UnpicklingError) as error:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); {self.again}')
         self.vocab_size = self.tokenizer.vocab_size
+        self.opened = {}   # split -> its shards, verified once
 
     def split(self, split):
         """[token array a shard], memory-mapped; fails when a file is missing or is not what meta.json says."""
+        if split not in self.opened:
+            self.opened[split] = self._open(split)
+        return self.opened[split]
+
+    def _open(self, split):
         paths = _shards(self.folder, split)
         if not paths:
             fail(f'{self.folder}: no {split}.bin; {self.again}')
@@ -322,10 +328,9 @@ def evaluation_batches(dataset, split, block_size, batch_size, batches=None, ran
     if batches is not None and batches * batch_size < len(windows):
         windows = [windows[i * len(windows) // (batches * batch_size)] for i in range(batches * batch_size)]
     windows = windows[rank::ranks]
-    for i in range(0, len(windows), batch_size):
-        some = windows[i:i + batch_size]
-        x, y = np.zeros((len(some), block_size), dtype=np.int64), np.full((len(some), block_size), -1, dtype=np.int64)
-        for j, (shard, start) in enumerate(some):
+    for i in range(0, len(windows), batch_size):   # the last one is filled up too: torch.compile wants one shape
+        x, y = np.zeros((batch_size, block_size), dtype=np.int64), np.full((batch_size, block_size), -1, dtype=np.int64)
+        for j, (shard, start) in enumerate(windows[i:i + batch_size]):
             piece = np.asarray(shard[start:start + block_size + 1], dtype=np.int64)
             x[j, :len(piece) - 1], y[j, :len(piece) - 1] = piece[:-1], piece[1:]
         dataset.check_range(x, dataset.folder)

@@ -24,8 +24,10 @@ configure(globals())
 
 SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
-name = {'char': 'shakespeare_char', 'gpt2': 'shakespeare'}.get(tokenizer, f'shakespeare_{tokenizer}')
-folder, _ = find_dataset(name, data_dir)
+names = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
+if tokenizer not in names:
+    fail(f'tokenizer={tokenizer!r}: allowed are {", ".join(names)}; type --tokenizer=char')
+folder, _ = find_dataset(names[tokenizer], data_dir)
 source = dict(name='Tiny Shakespeare', url=url, sha256=SHA256, stand_in=False)
 path = input or os.path.join(folder, 'input.txt')
 

@@ -100,9 +100,11 @@ def set_up(device, dtype, compile, deterministic=False):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS repeats itself only with this
         torch.use_deterministic_algorithms(True)
     compile, why = find_compile(compile, device)
-    name = torch.cuda.get_device_name(device) if device.startswith('cuda') else (
-        f'{torch.get_num_threads()} threads' + ', AVX512_BF16 or AMX' * cpu_has_bf16() if device == 'cpu' else platform.machine())
-    say(f'device {device} ({name}), dtype {dtype}, compile {compile}{why}, torch {torch.__version__}')
+    if device.startswith('cuda'):
+        detail = torch.cuda.get_device_name(device)
+    else:
+        detail = f'{platform.machine()}, {torch.get_num_threads()} threads' + ', bf16 in hardware' * cpu_has_bf16()
+    say(f'device {device} ({detail}), dtype {dtype}, compile {compile}{why}, torch {torch.__version__}')
     return dtype, compile
 
 
@@ -129,7 +131,7 @@ def join_ranks(backend, device):
         return 0, 1, device
     allowed = ('auto', 'nccl', 'gloo')
     if backend not in allowed or backend == 'nccl' and not device.startswith('cuda'):
-        fail(f'backend={backend}: allowed on {device} are auto, gloo{", nccl" * device.startswith("cuda")}; type --backend=auto')
+        fail(f'backend={backend}: allowed are auto, gloo and, on a GPU, nccl; type --backend=auto')
     if device == 'cuda':
         local, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
         if local >= count:
@@ -158,7 +160,7 @@ def mean_loss(model, batches, device, dtype):
         with autocast(device, dtype):
             _, loss = model(x.to(device), y.to(device))
         count = int((y >= 0).sum())
-        nats, targets = nats + loss.double() * count if device != 'mps' else nats + loss * count, targets + count
+        nats, targets = nats + loss.to('cpu' if device == 'mps' else device, torch.float64) * count, targets + count
     model.train(was_training)
     nats, targets = total([float(nats), targets], device)
     return nats / targets

@@ -193,7 +193,7 @@ if resumed:
         for opt, state in zip(optimizers, states, strict=True):
             opt.load_state_dict(state)
     except ValueError as error:
-        fail(f'{path}: its optimizer state is not for optimizer={optimizer} ({error}); type --optimizer= what it was trained with')
+        fail(f'{path}: its optimizer state does not fit optimizer={optimizer} ({error}); type the one it was trained with')
     scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
     for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
         for group in opt.param_groups:   # a rate or decay typed anew holds from here on
@@ -203,11 +203,13 @@ if resumed:
     say(f'resumed from {path} at iter {step}')
 
 compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
-trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None) if ranks > 1 else compiled
+trained = compiled
+if ranks > 1:
+    trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None)
 
 
 def micro_step(first, sync=True):
-    """Loss and gradient of the batch_size windows from number `first` on, added to what the parameters hold; returns the loss."""
+    """Add the gradient of batch_size windows, from number `first` on, to what the parameters hold; returns their loss."""
     x, y = windows.batch(first, batch_size)                                                        # (B, T)
     if device.startswith('cuda'):
         x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
@@ -234,9 +236,14 @@ def schedule(step):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def perplexity(loss):
+    return math.exp(min(loss, 700))   # above that it is no longer a float
+
+
 def evaluate(batches):
     """Validation loss in nats per token over a fixed sample of batches, or over the whole split for None."""
-    return runtime.mean_loss(compiled, evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks), device, dtype)
+    pairs = evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks)
+    return runtime.mean_loss(compiled, pairs, device, dtype)
 
 
 def save(name):
@@ -247,6 +254,13 @@ def save(name):
             optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(), iter_num=step,
             best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds, config=knobs,
             rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if device.startswith('cuda') else [])))
+
+
+def stop_not_finite(what):
+    """Say where the numbers broke and what to try; checkpoints stay as they are."""
+    fail(f'iter {step}: {what}, learning rate {schedule(step) * learning_rate:.3g}, loss scale {scaler.get_scale():g}: no '
+         f'longer finite; no checkpoint was overwritten; type a lower --learning_rate (and --muon_learning_rate), more '
+         f'--warmup_iters, or --dtype=float32')
 
 
 def log_row(**row):
@@ -261,7 +275,7 @@ def log_row(**row):
 def plot_losses():
     """loss.png: both losses of log.csv against tokens."""
     try:
-        import matplotlib   # here: training needs it for this picture alone, and goes on without
+        import matplotlib  # here: training needs it for this picture alone, and goes on without
         matplotlib.use('Agg')
         import matplotlib.pyplot as plt
     except ImportError:
@@ -275,7 +289,8 @@ def plot_losses():
             axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
     axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {model.num_params():,} parameters')
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110, bbox_inches='tight')
     plt.close(figure)
 
@@ -304,9 +319,9 @@ log_path = os.path.join(out_dir, 'log.csv')
 trackers = []   # functions of (row, step) that send a logged row elsewhere
 if rank == 0 and not eval_only:
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump({**knobs, 'device': device, 'dtype': dtype, 'compile': compile, 'ranks': ranks, 'parameters': model.num_params(),
-                   'versions': dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                   'machine': platform.platform()}, f, indent=1)
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=model.num_params())
+        json.dump({**knobs, **resolved, 'versions': versions, 'machine': platform.platform()}, f, indent=1)
     kept = []   # a resumed run writes the rows from its checkpoint on anew
     if step and os.path.exists(log_path):
         with open(log_path, newline='') as f:
@@ -316,18 +331,18 @@ if rank == 0 and not eval_only:
         writer.writeheader()
         writer.writerows(kept)
     if wandb_log:
-        import wandb   # optional, and only where asked for
+        import wandb  # optional, and only where asked for
         wandb.init(project=wandb_project, name=wandb_run_name, config=knobs)
         trackers.append(lambda row, step: wandb.log(row, step=step))
     if tensorboard_log:
-        from torch.utils.tensorboard import SummaryWriter   # likewise
+        from torch.utils.tensorboard import SummaryWriter  # likewise
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
 
 signals = runtime.Signals()
 if eval_only:
     val_loss = evaluate(None)
-    say(f'val loss {val_loss:.4f} on the whole split ({sum(map(len, data.split("val"))):,} tokens), perplexity {math.exp(val_loss):.2f}')
+    say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
     sys.exit(0)
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
@@ -347,9 +362,11 @@ while True:
         val_loss = sample_loss = evaluate(eval_iters)
         if last:
             val_loss = evaluate(None)
+        if not math.isfinite(val_loss):
+            stop_not_finite(f'validation loss {val_loss}')
         improved = sample_loss < best_val_loss   # always judged on the same sample
         best_val_loss = min(best_val_loss, sample_loss)
-        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + ' on the whole split' * last)
+        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}' + ' on the whole split' * last)
         if improved:
             save('best.pt')
         if improved or last or always_save_checkpoint:
@@ -392,15 +409,13 @@ while True:
     if logged or (step + 1) % eval_interval == 0 or step + 1 == max_iters or device == 'cpu':   # else a GPU need not wait
         loss, grad_norm = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps, float(grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
-            fail(f'iter {step}: loss {loss}, gradient norm {grad_norm}, learning rate {rate * learning_rate:.3g}, loss scale '
-                 f'{scaler.get_scale():g}: no longer finite; no checkpoint was overwritten; type a lower --learning_rate (or '
-                 f'--muon_learning_rate), more --warmup_iters, or --dtype=float32')
+            stop_not_finite(f'loss {loss}, gradient norm {grad_norm}')
     seconds += time.perf_counter() - started
     if logged:
         steps, spent = step + 1 - logged_step, seconds - logged_seconds
         tok_per_s = steps * tokens_per_step / spent
         mfu = f' | mfu {tok_per_s * model.flops_per_token() / peak / ranks:.1%}' if peak else ''
-        say(f'iter {step}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} | lr {rate * learning_rate:.2e} | '
+        say(f'iter {step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate * learning_rate:.2e} | '
             f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | '
             f'{runtime.clock((max_iters - step - 1) * spent / steps)} left')
         log_row(iter=step, tokens=step * tokens_per_step, train_loss=f'{loss:.6f}', val_loss='' if val_loss is None else
@@ -410,7 +425,7 @@ while True:
     step += 1
 
 if last:
-    say(f'done: {step:,} steps, {runtime.clock(seconds)} of training; val loss {val_loss:.4f} nats per token on the whole split; '
+    say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
         f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
 if ranks > 1:
     dist.destroy_process_group()

@@ -1,0 +1,128 @@
+"""What the tests share: scripts run as a user runs them, a small text, a small dataset."""
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Tiny Shakespeare and tiktoken's files come from here, never from the network; the tests that need them skip without
+SHARED = Path(os.environ.get('SHARED_DATA') or ROOT.parent / 'shared' / 'data')
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=1',
+        '--max_iters=10', '--eval_interval=5', '--eval_iters=2', '--learning_rate=1e-2', '--warmup_iters=2', '--dataset=mini',
+        '--device=cpu', '--dtype=float32', '--lr_decay_iters=10']
+TEXT = ''.join(f'{i} times {j} is {i * j},\nsaid the miller to his wife.\n' for i in range(12) for j in range(12))
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """script('train.py', *flags) runs a script to its end in this process -> code, out, err; a traceback is a failure."""
+    def run(name, *flags, stdin=None):
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / name), *map(str, flags)])
+        if stdin is not None:
+            import io
+            monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / name), run_name='__main__')
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.use_deterministic_algorithms(False)
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+    return run
+
+
+@pytest.fixture
+def refused(script):
+    """Runs a script that must end as the contract's errors do: exit 2, one line that holds every word given."""
+    def run(name, *flags, words=(), stdin=None):
+        result = script(name, *flags, stdin=stdin)
+        lines = [line for line in result.err.splitlines() if line.startswith('error: ')]
+        assert result.code == 2 and len(lines) == 1, (result.code, result.err)
+        assert 'Traceback' not in result.err and result.out == ''
+        for word in words:
+            assert word in lines[0], lines[0]
+        return lines[0]
+    return run
+
+
+@pytest.fixture
+def process():
+    """process('train.py', *flags) runs a script in a process of its own, for signals and torchrun."""
+    def run(name, *flags, launcher=(), **options):
+        options = dict(capture_output=True, text=True, timeout=120) | options
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **options.pop('env', {})}
+        return subprocess.run([sys.executable, *launcher, str(ROOT / name), *map(str, flags)], env=environment, **options)
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mini(folder):
+    """A working folder with data/mini: some 5,000 characters."""
+    from data import CharTokenizer, write_dataset
+    tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
+    parts = dict(train=TEXT[:cut], val=TEXT[cut:])
+    write_dataset('data/mini', {split: (tokenizer.encode(part), len(part)) for split, part in parts.items()}, tokenizer,
+                  dict(name='mini', url=None, sha256='', stand_in=False))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """The out_dir of a tiny model trained for some steps, to copy or read, never to change."""
+    from data import CharTokenizer, write_dataset
+    home = tmp_path_factory.mktemp('trained')
+    tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
+    parts = dict(train=TEXT[:cut], val=TEXT[cut:])
+    write_dataset(str(home / 'data/mini'), {split: (tokenizer.encode(part), len(part)) for split, part in parts.items()},
+                  tokenizer, dict(name='mini', url=None, sha256='', stand_in=False))
+    subprocess.run([sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=30'],
+                   cwd=home, check=True, capture_output=True, timeout=120)
+    return home / 'out'
+
+
+@pytest.fixture
+def shakespeare():
+    path = SHARED / 'tinyshakespeare.txt'
+    if not path.exists():
+        pytest.skip('no local copy of Tiny Shakespeare; set SHARED_DATA to a folder with tinyshakespeare.txt')
+    return path
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch):
+    if not (SHARED / 'tiktoken').exists():
+        pytest.skip("no local copy of GPT-2's vocabulary; set SHARED_DATA to a folder with tiktoken/")
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+
+
+def read_log(path):
+    import csv
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def copy_run(trained, to):
+    shutil.copytree(trained, to)
+    return to

@@ -1,0 +1,104 @@
+"""configurator.py: overriding globals. pytest tests/test_configurator.py"""
+import pytest
+
+from configurator import configure
+
+KNOBS = dict(learning_rate=1e-3, max_iters=10, name='x', flag=False, device='auto', compile='auto', top_k=None, _private=1)
+
+
+def overridden(*argv, resolve=None):
+    knobs = dict(KNOBS)
+    configure(knobs, resolve, list(argv))
+    return knobs
+
+
+@pytest.mark.parametrize('argv, name, value', [
+    (['--max_iters=5'], 'max_iters', 5), (['--max_iters', '5'], 'max_iters', 5), (['--max_iters=1', '--max_iters=2'], 'max_iters', 2),
+    (['--learning_rate=1'], 'learning_rate', 1.0), (['--learning_rate', '-1e-2'], 'learning_rate', -0.01),
+    (['--name=123'], 'name', '123'), (['--name=a=b'], 'name', 'a=b'), (['--name='], 'name', ''), (['--name=None'], 'name', 'None'),
+    (['--name', '-'], 'name', '-'), (['--name=--x'], 'name', '--x'), (['--flag'], 'flag', True), (['--flag', 'False'], 'flag', False),
+    (['--flag=True'], 'flag', True), (['--flag', '--max_iters=3'], 'flag', True), (['--compile=False'], 'compile', False),
+    (['--compile'], 'compile', True), (['--compile=auto'], 'compile', 'auto'), (['--device=cuda:1'], 'device', 'cuda:1'),
+    (['--top_k=5'], 'top_k', 5), (['--top_k=None'], 'top_k', None)])
+def test_flags(argv, name, value):
+    got = overridden(*argv)[name]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--learning_rte=1'], ['learning_rte', '--learning_rate']), (['--max_iters=1.5'], ['max_iters', 'whole number']),
+    (['--max_iters=True'], ['whole number']), (['--max_iters=abc'], ['whole number']), (['--learning_rate=nan'], ['number']),
+    (['--learning_rate=1e999'], ['finite']), (['--flag=1'], ['True or False']), (['--name'], ['no value']),
+    (['--max_iters=None'], ['whole number']), (['nope.py'], ['nope.py', '--help']), (['-x'], ['-x']), (['--_private=2'], ['_private']),
+    (['--=1'], ['not a knob']), (['--learning_rate=' + '9' * 400], ['large']), (['--max_iters=' + '(' * 300], ['whole number'])])
+def test_mistakes(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        overridden(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and error.startswith('error: ')
+    assert all(word in error for word in words), error
+
+
+def config(folder, text, name='c.py'):
+    (folder / name).write_text(text)
+    return name
+
+
+def test_config_like_nanogpt(folder):
+    """`import time`, computed values, a bool for an 'auto' knob, an int for a float."""
+    path = config(folder, "import time\nname = 'ft-' + str(time.time())\nlearning_rate = 1\nmax_iters = 2 * max_iters\n"
+                          "compile = False\n_mine = [n for n in range(max_iters)]\nflag = len(_mine) == 20\n")
+    knobs = overridden(path)
+    assert knobs['name'].startswith('ft-1') and knobs['learning_rate'] == 1.0 and knobs['max_iters'] == 20
+    assert knobs['compile'] is False and knobs['flag'] is True and 'time' not in knobs and knobs['_private'] == 1
+
+
+def test_last_one_wins(folder):
+    path = config(folder, 'max_iters = 7')
+    assert overridden('--max_iters=3', path)['max_iters'] == 7
+    assert overridden(path, '--max_iters=3')['max_iters'] == 3
+
+
+@pytest.mark.parametrize('argv, seen', [([], 'cpu'), (['--device=cuda'], 'cuda'), (['--device', 'auto'], 'cpu')])
+def test_config_sees_resolved_device(folder, argv, seen):
+    path = config(folder, "name = device\nif device == 'cpu':\n    max_iters = 99")
+    knobs = overridden(path, *argv, resolve=lambda name: 'cpu' if name == 'auto' else name)
+    assert knobs['name'] == knobs['device'] == seen and (knobs['max_iters'] == 99) == (seen == 'cpu')
+
+
+def test_names_given(folder):
+    path = config(folder, 'max_iters = 10\nif flag:\n    name = "y"')
+    assert configure(dict(KNOBS), None, [path, '--top_k=2'])[1] == {'max_iters', 'top_k'}
+
+
+@pytest.mark.parametrize('text, words', [
+    ('learning_rte = 1', ['learning_rte', '--learning_rate']), ('max_iters = "5"', ['max_iters', 'whole number']),
+    ('max_iters = 1 +', ['line 1', 'SyntaxError']), ('\n\nmax_iters = 1 / 0', ['line 3', 'ZeroDivisionError']),
+    ('from math import sqrt', ['sqrt']), ('name = 5', ['a text']), ('def f(): pass', ['f is not a knob']), ('\0', ['c.py'])])
+def test_config_mistakes(folder, text, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        overridden(config(folder, text))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'prepare_shakespeare.py'])
+def test_help_lists_every_knob(script, name):
+    """Each knob with its default and a comment, on stdout."""
+    result = script(name, '--help')
+    lines = result.out.split('knobs, as --name=value:\n')[1].splitlines()
+    assert result.code == 0 and result.err == '' and len(lines) > 4
+    assert all(len(line.split(None, 2)) >= 2 and '  ' in line.strip() and len(line.split()) > 2 for line in lines), result.out
+
+
+def test_every_nanogpt_knob_is_known(script):
+    known = script('train.py', '--help').out
+    for name in ('out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project '
+                 'wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias '
+                 'learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend '
+                 'device dtype compile').split():
+        assert f'\n  {name} ' in known
+    known = script('sample.py', '--help').out
+    for name in 'start num_samples max_new_tokens temperature top_k seed device dtype compile'.split():
+        assert f'\n  {name} ' in known

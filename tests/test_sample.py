@@ -1,0 +1,113 @@
+"""sample.py on a tiny trained model. pytest tests/test_sample.py"""
+import pytest
+import torch
+from conftest import TEXT
+
+import checkpoint
+
+
+@pytest.fixture
+def sample(script, trained, folder):
+    return lambda *flags, **options: script('sample.py', f'--out_dir={trained}', '--device=cpu', '--dtype=float32', *flags, **options)
+
+
+def test_text_goes_to_stdout_alone(sample, trained):
+    result = sample('--start=said the', '--max_new_tokens=40')
+    assert result.code == 0 and result.out.startswith('said the') and result.out.endswith('\n') and len(result.out) == 8 + 40 + 1
+    assert set(result.out) <= set(TEXT) and 'best.pt' in result.err
+
+
+def test_greedy_text_is_the_argmax(sample, trained):
+    """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
+    loaded = checkpoint.load(f'{trained}/best.pt')
+    net, tokenizer = checkpoint.build_model(loaded, '').eval(), checkpoint.find_tokenizer(loaded, '')
+    ids = tokenizer.encode('so 3 times').tolist()
+    with torch.no_grad():
+        for _ in range(30):
+            ids.append(net(torch.tensor([ids[-16:]]))[0][0, -1].argmax().item())
+    expected = tokenizer.decode(ids).decode() + '\n'
+    for flags in ([], ['--seed=5'], ['--kv_cache=False'], ['--top_k=1', '--temperature=1'], ['--top_p=1e-9', '--temperature=1']):
+        assert sample('--start=so 3 times', '--max_new_tokens=30', '--temperature=0', *flags).out == expected
+
+
+def test_seed(sample):
+    texts = [sample('--start=a', '--max_new_tokens=60', f'--seed={seed}').out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_samples_count_up_from_the_seed(sample):
+    both = sample('--start=a', '--num_samples=2', '--seed=4', '--max_new_tokens=30').out
+    assert both == ''.join(f'{"-" * 15} sample {i + 1}\n' + sample('--start=a', f'--seed={4 + i}', '--max_new_tokens=30').out for i in (0, 1))
+
+
+def test_prompt_from_file_and_stdin(sample, folder):
+    (folder / 'p.txt').write_text('is 12,\n')
+    typed = sample('--start=is 12,\n', '--max_new_tokens=20').out
+    assert sample('--start=FILE:p.txt', '--max_new_tokens=20').out == typed
+    assert sample('--start', '-', '--max_new_tokens=20', stdin='is 12,\n').out == typed
+
+
+def test_stop(sample):
+    whole = sample('--start=1', '--temperature=0', '--max_new_tokens=60').out[1:-1]
+    word = whole[20:24]
+    assert sample('--start=1', '--temperature=0', '--max_new_tokens=60', f'--stop={word}').out == '1' + whole.partition(word)[0] + '\n'
+    assert sample('--start=1', '--temperature=0', '--max_new_tokens=60', '--stop=@@@').out == '1' + whole + '\n'
+
+
+def test_prompts_that_are_empty_or_long(sample):
+    assert len(sample('--max_new_tokens=9').out) == len(sample('--start=', '--max_new_tokens=9').out) == 10
+    long = TEXT[:100]
+    result = sample(f'--start={long}', '--max_new_tokens=9')
+    assert result.out.startswith(long) and len(result.out) == 110 and 'the model sees the last 16' in result.err
+    assert sample('--start=said', '--max_new_tokens=0').out == 'said\n'
+
+
+def test_repetition_penalty(sample):
+    assert len(set(sample('--start=1', '--temperature=0', '--repetition_penalty=1e6', '--max_new_tokens=20').out)) > \
+        len(set(sample('--start=1', '--temperature=0', '--max_new_tokens=20').out))
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--start=日本'], ["'日'", "'本'", 'vocabulary']), (['--temperature=-1'], ['temperature=-1', '0 or more']),
+    (['--top_k=0'], ['top_k=0']), (['--top_k=1.5'], ['top_k=1.5']), (['--top_p=0'], ['top_p=0']), (['--top_p=2'], ['top_p=2']),
+    (['--repetition_penalty=0'], ['repetition_penalty=0']), (['--max_new_tokens=-1'], ['max_new_tokens=-1']),
+    (['--num_samples=0'], ['num_samples=0']), (['--seed=-1'], ['seed=-1']), (['--start=FILE:nope.txt'], ['nope.txt']),
+    (['--checkpoint=nope.pt'], ['nope.pt', '--checkpoint']), (['--temprature=1'], ['--temperature']), (['--dtype=float16'], ['float16'])])
+def test_mistakes(refused, trained, folder, flags, words):
+    refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
+
+
+def test_no_checkpoint(refused, folder):
+    refused('sample.py', words=['out/best.pt', 'python train.py'])
+
+
+def test_checkpoint_stands_alone(sample, folder):
+    """Sampling needs no data folder: there is none here."""
+    assert not (folder / 'data').exists() and sample('--start=so', '--max_new_tokens=5').code == 0
+
+
+def test_wrapped_names_load(folder, trained, script):
+    """Weights saved from a compiled or distributed wrapper (nanoGPT #19)."""
+    loaded = checkpoint.load(f'{trained}/best.pt')
+    loaded['model'] = {'_orig_mod.' + name: p for name, p in loaded['model'].items()}
+    checkpoint.save('wrapped.pt', loaded)
+    flags = ['--start=so', '--max_new_tokens=20', '--device=cpu']
+    assert script('sample.py', '--checkpoint=wrapped.pt', *flags).out == script('sample.py', f'--out_dir={trained}', *flags).out
+
+
+def test_pickle_bomb_is_refused(folder, refused):
+    class Bomb:
+        def __reduce__(self):
+            return (open, ('exploded', 'w'))
+    torch.save(dict(model={}, model_args=Bomb()), 'bomb.pt')
+    refused('sample.py', '--checkpoint=bomb.pt', '--device=cpu', words=['bomb.pt'])
+    assert not (folder / 'exploded').exists()
+
+
+def test_save_is_whole_or_not_at_all(folder, monkeypatch):
+    checkpoint.save('a.pt', dict(step=1))
+    monkeypatch.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError):
+        checkpoint.save('a.pt', dict(step=2))
+    assert torch.load('a.pt') == dict(step=1)
+    assert [p.name for p in folder.iterdir()] == ['a.pt']

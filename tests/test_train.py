@@ -1,0 +1,397 @@
+"""train.py end to end on a small text: what it writes, exactness, bad input. pytest tests/test_train.py"""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, TINY, read_log
+
+import checkpoint
+import runtime
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(path):
+    return [{key: row[key] for key in row if key not in ('tok_per_s', 'seconds')} for row in read_log(path)]
+
+
+def flags(**knobs):
+    return [f'--{key}={value}' for key, value in knobs.items()]
+
+
+# ---- what a run leaves and says ------------------------------------------------------------------------------------
+
+def test_a_run(mini, script):
+    result = script('train.py', *TINY, '--sample_interval=5')
+    assert result.code == 0 and result.out == '' and 'Warning' not in result.err
+    assert sorted(os.listdir('out')) == ['best.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png']
+
+    rows = read_log('out/log.csv')
+    assert list(rows[0]) == ['iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds']
+    assert [int(row['iter']) for row in rows] == list(range(11)) and [int(row['tokens']) for row in rows] == list(range(0, 704, 64))
+    assert [row['iter'] for row in rows if row['val_loss']] == ['0', '5', '10']
+    assert abs(float(rows[0]['train_loss']) - math.log(len(set(TEXT)))) < 0.1 and float(rows[9]['train_loss']) < float(rows[0]['train_loss'])
+    assert [float(row['lr']) for row in rows[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2], rel=1e-4)   # warm-up, then cosine
+    floor = 6e-5
+    assert float(rows[6]['lr']) == pytest.approx(floor + (1e-2 - floor) * 0.5 * (1 + math.cos(math.pi / 2)), rel=1e-4)
+
+    last = torch.load('out/last.pt', weights_only=True)   # tensors and plain types only
+    assert last['iter_num'] == 10 and last['model_args']['n_embd'] == 16 and last['tokenizer']['kind'] == 'char'
+    assert last['config']['max_iters'] == 10 and last['best_val_loss'] > 0 and len(last['rng']['torch'])
+    assert not any(name.startswith(('_orig_mod', 'module')) for name in last['model'])
+    assert 'transformer.h.1.attn.c_attn.weight' in last['model']
+    config = json.load(open('out/config.json'))
+    assert config['device'] == 'cpu' and config['dtype'] == 'float32' and config['compile'] is False
+    assert config['versions']['torch'] == torch.__version__ and config['learning_rate'] == 1e-2
+    assert open('out/loss.png', 'rb').read(4) == b'\x89PNG'
+
+    parameters = sum(p.numel() for name, p in last['model'].items() if name != 'lm_head.weight')
+    for words in ('device cpu', f'{parameters:,} parameters', '4 batch x 16 block x 1 accumulation', '= 64', f'ln({len(set(TEXT))}) = {math.log(len(set(TEXT))):.4f}',
+                  'estimated time:', '-' * 40):
+        assert words in result.err, words
+    line = next(line for line in result.err.splitlines() if line.startswith('iter 3: loss'))
+    assert re.fullmatch(r'iter 3: loss [\d.]+, perplexity [\d.]+ \| lr [\de.-]+ \| grad norm [\d.]+ \| [\d,]+ tok/s \| \S+ \S+ left', line)
+
+
+def test_final_loss_is_the_whole_split(mini, script):
+    """The last val_loss, computed once more from the checkpoint, window by window."""
+    script('train.py', *TINY)
+    net = checkpoint.build_model(checkpoint.load('out/last.pt'), 'out/last.pt').eval()
+    from data import Dataset
+    tokens = torch.from_numpy(Dataset('mini').split('val')[0].astype('int64'))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            piece = tokens[start:start + 17]
+            logp = net(piece[None, :-1])[0].log_softmax(-1)
+            nats -= logp[0].gather(1, piece[1:, None]).sum().item()
+    assert float(read_log('out/log.csv')[-1]['val_loss']) == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)
+
+
+def test_best_is_the_lowest(mini, script):
+    """A run made to get worse keeps the best it had; last.pt goes on."""
+    script('train.py', *TINY, '--max_iters=40', '--decay_lr=False', '--learning_rate=0.5', '--weight_decay=0')
+    losses = {int(row['iter']): float(row['val_loss']) for row in read_log('out/log.csv') if row['val_loss']}
+    best, last = checkpoint.load('out/best.pt'), checkpoint.load('out/last.pt')
+    assert best['iter_num'] < last['iter_num'] == 40
+    assert losses[best['iter_num']] == pytest.approx(min(v for k, v in losses.items() if k < 40), abs=1e-6)
+
+
+def test_max_iters_zero_and_eval_only(mini, script):
+    assert script('train.py', *TINY, '--max_iters=0').code == 0
+    assert checkpoint.load('out/last.pt')['iter_num'] == 0
+    before = open('out/last.pt', 'rb').read(), open('out/log.csv').read()
+    result = script('train.py', *TINY, '--init_from=resume', '--eval_only')
+    assert result.code == 0 and 'on the whole split' in result.err
+    assert before == (open('out/last.pt', 'rb').read(), open('out/log.csv').read())
+
+
+@pytest.mark.parametrize('knobs', [dict(optimizer='muon'), dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
+                                   dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False, tie_weights=False),
+                                   dict(dtype='bfloat16', flash=False), dict(grad_clip=0, decay_lr=False, weight_decay=0)])
+def test_every_knob_trains(mini, script, knobs):
+    assert script('train.py', *TINY, *flags(**knobs), '--max_iters=30', '--lr_decay_iters=30').code == 0
+    rows = read_log('out/log.csv')
+    assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.3
+
+
+def test_muon_does_what_torch_does_to_separate_matrices(mini, script):
+    """One step from the same weights with q, k and v as three parameters of torch's own Muon."""
+    from data import Dataset, TrainingWindows
+    script('train.py', *TINY, '--optimizer=muon', '--max_iters=0', '--warmup_iters=0', '--grad_clip=0')
+    os.rename('out', 'start')
+    script('train.py', *TINY, '--optimizer=muon', '--max_iters=1', '--warmup_iters=0', '--grad_clip=0')
+    net = checkpoint.build_model(checkpoint.load('start/last.pt'), '')
+    net(*TrainingWindows(Dataset('mini'), 'train', 16, 1337).batch(0, 4))[1].backward()
+    after = weights('out/last.pt')
+    for name, p in net.transformer.h.named_parameters():
+        if p.dim() == 2:
+            parts, grads = (t.detach().chunk(3) if 'c_attn' in name else (t.detach(),) for t in (p, p.grad))
+            for part, grad, new in zip(parts, grads, after['transformer.h.' + name].split([len(part) for part in parts])):
+                alone = torch.nn.Parameter(part.clone())
+                alone.grad = grad.clone()
+                torch.optim.Muon([alone], lr=0.02, weight_decay=0.1).step()
+                assert torch.allclose(alone.detach(), new, atol=1e-6), name
+
+
+def test_tensorboard(mini, script):
+    pytest.importorskip('tensorboard')
+    assert script('train.py', *TINY, '--tensorboard_log').code == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator('out/tensorboard').Reload()
+    assert [round(e.value, 4) for e in events.Scalars('val_loss')] == [
+        round(float(row['val_loss']), 4) for row in read_log('out/log.csv') if row['val_loss']]
+
+
+def test_wandb(mini, script, monkeypatch):
+    from types import SimpleNamespace
+    rows = []
+    fake = SimpleNamespace(init=lambda **options: rows.append(options), log=lambda row, step: rows.append((step, row)))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    assert script('train.py', *TINY, '--wandb_log', '--wandb_run_name=mine').code == 0
+    assert rows[0]['name'] == 'mine' and [step for step, _ in rows[1:]] == list(range(11)) and 'val_loss' in rows[1][1]
+
+
+def test_characters_need_torch_and_numpy_alone(mini, process):
+    """With every optional package out of reach, a run and its sample still work (nanoGPT #53: no requirements)."""
+    hide = 'import sys; sys.modules.update(dict.fromkeys(["tiktoken", "requests", "matplotlib", "wandb", "tensorboard", "tqdm"]))'
+    for name, argv in (('train.py', TINY), ('sample.py', ['--start=so', '--max_new_tokens=5'])):
+        code = f'{hide}; import runpy; sys.argv = {[name, *argv]!r}; sys.path.insert(0, {str(ROOT)!r}); ' \
+               f'runpy.run_path({str(ROOT / name)!r}, run_name="__main__")'
+        done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert not os.path.exists('out/loss.png')
+
+
+# ---- exactness -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('knobs', [dict(dropout=0.2, gradient_accumulation_steps=2), dict(optimizer='muon', dtype='bfloat16', dropout=0.1)])
+def test_ten_steps_are_five_and_five(mini, script, knobs):
+    """10 steps equal 5 + resume + 5 bit for bit, weights and log, whatever else was evaluated or sampled on the way."""
+    script('train.py', *TINY, *flags(**knobs), '--out_dir=whole')
+    script('train.py', *TINY, *flags(**knobs), '--out_dir=parts', '--max_iters=5')
+    result = script('train.py', *TINY, *flags(**knobs), '--out_dir=parts', '--init_from=resume')
+    assert 'resumed from parts/last.pt at iter 5' in result.err
+    assert same_weights('whole/last.pt', 'parts/last.pt')
+    assert without_times('whole/log.csv') == without_times('parts/log.csv')
+    a, b = (torch.load(f'{run}/last.pt', weights_only=True)['optimizer'] for run in ('whole', 'parts'))
+    assert str(a) == str(b)
+
+
+def test_resume_takes_the_runs_own_knobs(mini, script):
+    script('train.py', *TINY, '--max_iters=5')
+    result = script('train.py', '--init_from=resume', '--max_iters=10', '--device=cpu', '--dtype=float32')
+    assert result.code == 0 and checkpoint.load('out/last.pt')['iter_num'] == 10
+    script('train.py', *TINY, '--out_dir=whole')
+    assert same_weights('whole/last.pt', 'out/last.pt')
+
+
+def test_evaluation_never_moves_training(mini, script):
+    script('train.py', *TINY, '--dropout=0.1')
+    script('train.py', *TINY, '--dropout=0.1', '--out_dir=other', '--eval_interval=3', '--eval_iters=5', '--sample_interval=2')
+    assert same_weights('out/last.pt', 'other/last.pt')
+    assert [row['train_loss'] for row in read_log('out/log.csv')] == [row['train_loss'] for row in read_log('other/log.csv')]
+
+
+def test_accumulation_equals_a_larger_batch(mini, script):
+    """1 x 8 equals 4 x 2: the same windows, the same mean loss, the same step."""
+    for out, knobs in (('a', dict(batch_size=8, gradient_accumulation_steps=1)), ('b', dict(batch_size=2, gradient_accumulation_steps=4))):
+        script('train.py', *TINY, *flags(**knobs), f'--out_dir={out}', '--eval_iters=1000')
+    for a, b in zip(read_log('a/log.csv'), read_log('b/log.csv')):
+        for key in ('train_loss', 'val_loss'):
+            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
+
+
+def test_two_processes_equal_one(mini, process):
+    """torchrun with gloo on the CPU: the same losses from the same global batch."""
+    common = [*TINY, '--gradient_accumulation_steps=2', '--max_iters=5', '--eval_iters=1000']
+    assert process('train.py', *common, '--out_dir=one').returncode == 0
+    done = process('train.py', *common, '--out_dir=two', launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(read_log('one/log.csv'), read_log('two/log.csv'), strict=True):
+        for key in ('train_loss', 'val_loss', 'grad_norm'):
+            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
+    assert not any(name.startswith('module') for name in weights('two/last.pt'))
+
+
+def test_accumulation_not_divisible_by_ranks(mini, process):
+    done = process('train.py', *TINY, '--gradient_accumulation_steps=3',
+                   launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+    errors = [line for line in done.stderr.splitlines() if 'error: ' in line]
+    assert done.returncode != 0 and any('does not divide by 2 ranks' in line and 'type --gradient_accumulation_steps=4' in line for line in errors)
+    assert not os.path.exists('out')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_so(mini, number):
+    """Ctrl-C or a preemption ends after the step, saved, with 128 + signal; resuming reaches the uninterrupted weights."""
+    command = [sys.executable, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False']
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in run.stderr:
+        if line.startswith('iter 20: loss'):
+            run.send_signal(number)
+            break
+    rest = run.stderr.read()
+    assert run.wait(60) == 128 + number and f'signal {int(number)}: saved out/last.pt' in rest and 'Traceback' not in rest
+    stopped = checkpoint.load('out/last.pt')['iter_num']
+    assert stopped > 20 and len(read_log('out/log.csv')) == stopped
+
+
+# ---- the main job's config and others' -----------------------------------------------------------------------------
+
+def test_nanogpt_style_config_runs_unchanged(mini, script):
+    (mini / 'c.py').write_text('''
+# train a miniature character-level model
+import time
+out_dir = 'out-mini'
+eval_interval = 5 # keep frequent because we'll overfit
+eval_iters = 2
+log_interval = 1
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'mini'
+wandb_run_name = 'mini-' + str(time.time())
+dataset = 'mini'
+gradient_accumulation_steps = 1
+batch_size = 4
+block_size = 16
+n_layer = 2
+n_head = 2
+n_embd = 2 * 8
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 10
+lr_decay_iters = 10
+min_lr = learning_rate / 10
+beta2 = 0.99
+warmup_iters = 1
+bias = False
+device = 'cpu'
+compile = False
+''')
+    assert script('train.py', 'c.py', '--dtype=float32').code == 0
+    assert checkpoint.load('out-mini/last.pt')['iter_num'] == 10
+    assert script('sample.py', '--out_dir=out-mini', '--device=cpu', '--max_new_tokens=3').code == 0
+
+
+def test_data_is_prepared_when_missing(folder, script, monkeypatch):
+    """No network: the main job's config trains on the stand-in, loudly, every time."""
+    monkeypatch.setattr('time.sleep', lambda s: None)
+    for variable in ('HTTPS_PROXY', 'https_proxy'):
+        monkeypatch.setenv(variable, 'http://127.0.0.1:9')   # nothing listens there
+    short = ['config/train_shakespeare_char.py', '--max_iters=1', '--n_layer=1', '--n_embd=12', '--batch_size=2', '--device=cpu',
+             '--eval_iters=1', '--block_size=4096', '--n_head=1', '--sample_interval=0']
+    for run in range(2):
+        result = script('train.py', *short)
+        assert result.code == 0, result.err
+        assert ('running prepare_shakespeare.py' in result.err) == (run == 0)
+        for words in ('THIS IS NOT TINY SHAKESPEARE', 'the download failed', 'python prepare_shakespeare.py --tokenizer=char'):
+            assert words in result.err
+    assert json.load(open('data/shakespeare_char/meta.json'))['source']['stand_in'] is True
+
+
+def test_main_config_on_gpu_is_nanogpts(folder):
+    from configurator import configure
+    text = (ROOT / 'train.py').read_text().partition('# ---- knobs')[2].partition('knobs, given')[0]
+    knobs = {}
+    exec('#' + text, knobs)
+    configure(knobs, lambda name: 'cuda', [str(ROOT / 'config/train_shakespeare_char.py')])
+    expected = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3, max_iters=5000,
+                    min_lr=1e-4, beta2=0.99, warmup_iters=100, gradient_accumulation_steps=1, dataset='shakespeare_char')
+    assert {key: knobs[key] for key in expected} == expected
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('argv, words', [
+    (['--learning_rte=1'], ['learning_rte', '--learning_rate']), (['--max_iters=ten'], ['whole number']),
+    (['--dataset=nope'], ['data/nope', 'prepare']), (['--dataset=../mini'], ["'../mini'", 'not a name']),
+    (['--block_size=50000'], ['block_size=50000', 'type --block_size=']), (['--block_size=0'], ['block_size=0', '1 or more']),
+    (['--n_head=3'], ['n_embd=16', 'n_head=3', '--n_head=']), (['--n_head=0'], ['n_head=0']), (['--n_layer=-1'], ['n_layer=-1']),
+    (['--dtype=float16'], ['float16', 'GPU', '--dtype=auto']), (['--dtype=int8'], ['int8', 'float32, bfloat16, float16']),
+    (['--device=tpu'], ['tpu', '--device=auto']), (['--compile=maybe'], ['maybe', 'auto, True, False']),
+    (['--out_dir=file/run'], ['file/run', '--out_dir']), (['--batch_size=0'], ['batch_size=0']), (['--eval_interval=0'], ['eval_interval=0']),
+    (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps=0']), (['--max_iters=-1'], ['max_iters=-1']),
+    (['--learning_rate=-1'], ['learning_rate=-1']), (['--seed=-5'], ['seed=-5']), (['--seed=' + '9' * 25], ['seed=']),
+    (['--optimizer=sgd'], ['adamw, muon']), (['--pos=sin'], ['learned, rope, none']), (['--dropout=1'], ['dropout=1', 'below 1']),
+    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'scratch']),
+    (['--init_from=resume', '--out_dir=empty'], ['no checkpoint', 'empty/last.pt'])])
+def test_mistakes(mini, refused, argv, words):
+    (mini / 'file').write_text('a file where a folder should be')
+    refused('train.py', *TINY, *argv, words=words)
+    assert not os.path.exists('out') and not os.path.exists('empty')   # nothing half-written
+
+
+def test_cuda_that_is_not_there(mini, refused):
+    if torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    refused('train.py', *TINY, '--device=cuda', words=['device=cuda', 'cpu', '--device=auto'])
+
+
+def test_bin_that_is_not_meta_json(mini, refused):
+    with open('data/mini/train.bin', 'ab') as f:
+        f.write(b'\0\0')
+    refused('train.py', *TINY, words=['disagrees with meta.json'])
+
+
+def test_resumed_run_keeps_its_shape(mini, script, refused):
+    script('train.py', *TINY, '--max_iters=1')
+    refused('train.py', *TINY, '--init_from=resume', '--n_layer=3', words=['n_layer=3', 'n_layer=2'])
+    refused('train.py', *TINY, '--init_from=resume', '--optimizer=muon', words=['optimizer=muon'])
+
+
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04' + b'\0' * 100])
+def test_damaged_checkpoint(mini, refused, content):
+    os.makedirs('out')
+    (mini / 'out/last.pt').write_bytes(content)
+    refused('train.py', *TINY, '--init_from=resume', words=['out/last.pt', 'damaged'])
+    refused('sample.py', '--checkpoint=out/last.pt', '--device=cpu', words=['out/last.pt', 'damaged'])
+
+
+def test_loss_that_is_not_finite(mini, script, refused):
+    script('train.py', *TINY)
+    before = open('out/last.pt', 'rb').read(), open('out/best.pt', 'rb').read()
+    refused('train.py', *TINY, '--init_from=resume', '--max_iters=200', '--learning_rate=1e18', '--decay_lr=False', '--grad_clip=0',
+            '--eval_interval=1000', '--norm=pre', words=['no longer finite', 'learning rate', 'gradient norm', '--learning_rate'])
+    assert before == (open('out/last.pt', 'rb').read(), open('out/best.pt', 'rb').read())
+
+
+def test_compile_without_a_compiler(mini, monkeypatch, capfd):
+    """auto says so and goes on eagerly; asked for by name, it is an error."""
+    def broken(*args, **kwargs):
+        raise RuntimeError('InvalidCxxCompiler: No working C++ compiler found\nand more')
+    monkeypatch.setattr(torch, 'compile', lambda f: broken)
+    monkeypatch.setattr('platform.system', lambda: 'Linux')
+    monkeypatch.setattr(torch, 'ones', lambda *args, **kwargs: None)
+    assert runtime.find_compile('auto', 'cuda') == (
+        False, ' (torch.compile does not work here: InvalidCxxCompiler: No working C++ compiler found)')
+    assert runtime.find_compile('auto', 'cpu') == (False, '') and runtime.find_compile(False, 'cuda') == (False, '')
+    with pytest.raises(SystemExit) as stop:
+        runtime.find_compile(True, 'cpu')
+    assert stop.value.code == 2 and 'type --compile=False' in capfd.readouterr().err
+
+
+def test_compile_asked_for_with_no_compiler_in_reach(mini, process):
+    done = process('train.py', *TINY, '--compile=True', env={'CXX': '/bin/false', 'TORCHINDUCTOR_CACHE_DIR': str(mini / 'cache')})
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'type --compile=False' in done.stderr
+    assert [line.startswith('error: ') for line in done.stderr.splitlines()] == [True]
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+def test_dtype_follows_the_hardware(monkeypatch):
+    monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: True)
+    assert runtime.find_dtype('auto', 'cpu') == 'bfloat16'
+    monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: False)
+    assert runtime.find_dtype('auto', 'cpu') == runtime.find_dtype('auto', 'mps') == 'float32'
+    for capability, expected in (((7, 5), 'float16'), ((8, 0), 'bfloat16'), ((9, 0), 'bfloat16')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)
+        assert runtime.find_dtype('auto', 'cuda:0') == expected
+
+
+def test_processor_is_read():
+    if not os.path.exists('/proc/cpuinfo'):
+        pytest.skip('no /proc/cpuinfo to compare with')
+    words = open('/proc/cpuinfo').read().split()
+    assert runtime.cpu_has_bf16() == ('avx512_bf16' in words or 'amx_tile' in words)
+
+
+def test_mfu_is_of_a_known_peak_only(monkeypatch):
+    assert runtime.peak_flops('cpu') is None
+    for name, peak in (('NVIDIA H200', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('Tesla T4', 65e12), ('NVIDIA L4', 121e12),
+                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce GTX 1080', None)):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, n=name: n)
+        assert runtime.peak_flops('cuda') == peak
