@@ -3,11 +3,11 @@ Checkpoints: one file that stands alone, written whole or not at all, read witho
 
 A checkpoint holds, under nanoGPT's keys where it has one: model (weights by Hugging Face's GPT-2 names), model_args
 (GPTConfig as a dict), tokenizer, optimizer (a list of state dicts), scaler, iter_num, best_val_loss, val_loss, seconds,
-rng and config (the knobs): tensors and plain types only.
+config (the knobs) and rng (of rank 0, for the record: train.py seeds every step anew): tensors and plain types only.
 """
 import os
 import pickle
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import torch
 
@@ -83,7 +83,3 @@ def find_tokenizer(loaded, path, data_dir='data'):
         return load_tokenizer(loaded['tokenizer'])
     except ValueError as error:
         fail(f'{path}: {error}; type --checkpoint=FILE for another')
-
-
-def model_args(model):
-    return asdict(model.config)

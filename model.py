@@ -187,11 +187,10 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else nn.Identity(),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=layer_norm(config) if config.norm == 'pre' else nn.Identity(),   # 'post' has just normalised
         ))
-        if config.pos == 'learned':
-            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.pos == 'rope':
             hs = config.n_embd // config.n_head
@@ -283,8 +282,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Forward and backward, as PaLM's appendix B counts (arXiv 2204.02311): 6 per weight that multiplies, and attention."""
         c = self.config
-        looked_up = sum(e.weight.numel() for name, e in self.transformer.items()
-                        if name == 'wpe' or name == 'wte' and not c.tie_weights)
+        looked_up = sum(p.numel() for name, p in self.named_parameters()
+                        if name == 'transformer.wpe.weight' or name == 'transformer.wte.weight' and not c.tie_weights)
         return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def optimizer_groups(self, weight_decay):

@@ -55,7 +55,7 @@ model = checkpoints.build_model(loaded, path).to(device).eval()
 dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
 say(f'{path}: iter {loaded.get("iter_num")}, {model.num_params():,} parameters')
 if compile:
-    model.forward = torch.compile(model.forward)
+    model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token
 
 if start == '-':
     prompt = sys.stdin.read()

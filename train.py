@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -149,7 +150,8 @@ if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
 if ranks > 1:
     dist.barrier()
 data = Dataset(dataset, data_dir)
-say(data.stand_in_banner()) if data.stand_in_banner() else None
+if data.stand_in_banner():
+    say(data.stand_in_banner())
 windows = TrainingWindows(data, 'train', block_size, seed)
 data.split('val')
 
@@ -191,14 +193,13 @@ if resumed:
     states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
     try:
         for opt, state in zip(optimizers, states, strict=True):
+            typed = [{key: group[key] for key in ('peak', 'weight_decay', 'betas') if key in group} for group in opt.param_groups]
             opt.load_state_dict(state)
+            for group, knob in zip(opt.param_groups, typed):   # a rate or decay typed anew holds from here on
+                group.update(knob)
     except ValueError as error:
-        fail(f'{path}: its optimizer state does not fit optimizer={optimizer} ({error}); type the one it was trained with')
+        fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type the other one')
     scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
-    for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
-        for group in opt.param_groups:   # a rate or decay typed anew holds from here on
-            group['peak'] = peak
-            group['weight_decay'] = weight_decay if group['weight_decay'] else 0.0
     resumed = None   # its tensors would sit in memory twice
     say(f'resumed from {path} at iter {step}')
 
@@ -250,7 +251,7 @@ def save(name):
     """Write a checkpoint into out_dir, from rank 0 alone."""
     if rank == 0:
         checkpoint.save(os.path.join(out_dir, name), dict(
-            format=1, model=model.state_dict(), model_args=checkpoint.model_args(model), tokenizer=data.tokenizer.state(),
+            format=1, model=model.state_dict(), model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
             optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(), iter_num=step,
             best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds, config=knobs,
             rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if device.startswith('cuda') else [])))
@@ -316,8 +317,22 @@ say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.
 
 columns = ('iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds')
 log_path = os.path.join(out_dir, 'log.csv')
-trackers = []   # functions of (row, step) that send a logged row elsewhere
+trackers = []   # functions of (row, step) that send a logged row elsewhere; their packages are optional
 if rank == 0 and not eval_only:
+    if wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            fail('wandb_log needs the package wandb; type pip install wandb, or --wandb_log=False')
+        wandb.init(project=wandb_project, name=wandb_run_name, config=knobs)
+        trackers.append(lambda row, step: wandb.log(row, step=step))
+    if tensorboard_log:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
+        board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
+        trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=model.num_params())
@@ -330,14 +345,6 @@ if rank == 0 and not eval_only:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(kept)
-    if wandb_log:
-        import wandb  # optional, and only where asked for
-        wandb.init(project=wandb_project, name=wandb_run_name, config=knobs)
-        trackers.append(lambda row, step: wandb.log(row, step=step))
-    if tensorboard_log:
-        from torch.utils.tensorboard import SummaryWriter  # likewise
-        board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
-        trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
 
 signals = runtime.Signals()
 if eval_only:

@@ -132,7 +132,7 @@ def test_fields_do_what_they_say():
     net = small()
     assert net.lm_head.weight is net.transformer.wte.weight
     assert not any('bias' in name for name, _ in small(bias=False).named_parameters())
-    assert 'wpe' not in small(pos='none').transformer and 'wpe' not in small(pos='rope').transformer
+    assert all('transformer.wpe.weight' not in small(pos=pos).state_dict() for pos in ('none', 'rope'))
     mlp, y = small(activation='relu2').transformer.h[0].mlp, torch.randn(3, 48)
     assert torch.allclose(mlp(y), mlp.c_proj(torch.relu(mlp.c_fc(y)) ** 2))
     mlp, z = small().transformer.h[0].mlp, torch.randn(3, 48)

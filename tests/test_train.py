@@ -145,6 +145,19 @@ def test_wandb(mini, script, monkeypatch):
     assert rows[0]['name'] == 'mine' and [step for step, _ in rows[1:]] == list(range(11)) and 'val_loss' in rows[1][1]
 
 
+@pytest.mark.parametrize('knob, package', [('wandb_log', 'wandb'), ('tensorboard_log', 'torch.utils.tensorboard')])
+def test_tracker_that_is_not_installed(mini, refused, monkeypatch, knob, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    refused('train.py', *TINY, f'--{knob}', words=[knob, 'pip install'])
+
+
+def test_decay_typed_anew_holds_after_a_resume(mini, script):
+    script('train.py', *TINY, '--max_iters=5', '--weight_decay=0')
+    script('train.py', *TINY, '--init_from=resume', '--max_iters=10', '--weight_decay=0.5', '--beta1=0.8')
+    groups = checkpoint.load('out/last.pt')['optimizer'][0]['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.5, 0.0] and groups[0]['betas'][0] == 0.8
+
+
 def test_characters_need_torch_and_numpy_alone(mini, process):
     """With every optional package out of reach, a run and its sample still work (nanoGPT #53: no requirements)."""
     hide = 'import sys; sys.modules.update(dict.fromkeys(["tiktoken", "requests", "matplotlib", "wandb", "tensorboard", "tqdm"]))'
