@@ -193,10 +193,10 @@ if resumed:
     states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
     try:
         for opt, state in zip(optimizers, states, strict=True):
-            typed = [{key: group[key] for key in ('peak', 'weight_decay', 'betas') if key in group} for group in opt.param_groups]
+            typed = [{key: group.get(key) for key in ('peak', 'weight_decay', 'betas')} for group in opt.param_groups]
             opt.load_state_dict(state)
-            for group, knob in zip(opt.param_groups, typed):   # a rate or decay typed anew holds from here on
-                group.update(knob)
+            for group, knobs_now in zip(opt.param_groups, typed):   # a rate or decay typed anew holds from here on
+                group.update(knobs_now)
     except ValueError as error:
         fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type the other one')
     scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None

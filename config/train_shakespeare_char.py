@@ -17,8 +17,8 @@ if device == 'cpu':
     min_lr = 0.0
     weight_decay = 0.0
     warmup_iters = 50
-    max_iters = 1400
-    eval_interval = 200
+    max_iters = 1500
+    eval_interval = 250
     eval_iters = 20       # a third of the validation split; the last evaluation takes all of it
     log_interval = 20
 else:
