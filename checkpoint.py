@@ -1,29 +1,80 @@
 """
-Checkpoints: one file that stands alone, written whole or not at all, read without running anything in it.
+Checkpoints: one file that stands alone, written whole or not at all, verified when read, and never run.
 
 A checkpoint holds, under nanoGPT's keys where it has one: model (weights by Hugging Face's GPT-2 names), model_args
 (GPTConfig as a dict), tokenizer, optimizer (a list of state dicts), scaler, iter_num, best_val_loss, val_loss, seconds,
 config (the knobs) and rng (of rank 0, for the record: train.py seeds every step anew): tensors and plain types only.
+
+The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
+import hashlib
 import os
-import pickle
+import warnings
 from dataclasses import fields
 
 import torch
 
 from configurator import fail
-from data import Dataset, load_tokenizer
+from data import Dataset, find_dataset, load_tokenizer
 from model import GPT, GPTConfig
+from runtime import say
+
+SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
+SEAL_SIZE = len(SEAL) + 64
 
 
-def save(path, checkpoint):
-    """Write beside the old file, flush to the disk, rename: whatever happens, path is the old one or the new one, whole."""
+class Damaged(Exception):
+    """What is wrong with a file, to be read behind its path."""
+
+
+class _Sink:
+    """A file for torch.save whose first error is kept for later: raised inside torch's writer, it would end the process."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self):
+        pass
+
+
+def _digest(file, size):
+    """SHA-256 of a file's first `size` bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (chunk := file.read(min(size, 1 << 22))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest().encode()
+
+
+def save(path, checkpoint, previous=None):
+    """Write beside the old file, seal, flush to the disk, rename: whatever happens, path is the old one or the new one, whole.
+
+    previous: a second name under which the old file is kept. Raises OSError when the disk is full or read-only."""
     folder, part = os.path.dirname(path) or '.', path + '.part'
     try:
-        with open(part, 'wb') as f:
-            torch.save(checkpoint, f)
+        with open(part, 'w+b') as f:
+            sink = _Sink(f)
+            torch.save(checkpoint, sink)
+            if sink.error:
+                raise sink.error
+            f.seek(-2, os.SEEK_END)   # a zip ends with the length of its comment
+            f.write(SEAL_SIZE.to_bytes(2, 'little'))
+            seal = SEAL + _digest(f, f.tell())
+            f.seek(0, os.SEEK_END)
+            f.write(seal)
             f.flush()
             os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            _link(path, previous)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -33,6 +84,17 @@ def save(path, checkpoint):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _link(path, name):
+    """Give a file a second name, in place of what had it; path exists at every instant where the file system has links."""
+    try:
+        if os.path.exists(name + '.part'):
+            os.remove(name + '.part')
+        os.link(path, name + '.part')
+        os.replace(name + '.part', name)
+    except OSError:
+        os.replace(path, name)
 
 
 def find(out_dir, checkpoint='', names=('best.pt', 'last.pt', 'ckpt.pt')):
@@ -48,38 +110,98 @@ def find(out_dir, checkpoint='', names=('best.pt', 'last.pt', 'ckpt.pt')):
 def load(path):
     """The checkpoint in a file, on the CPU; fails for a file that is damaged or is none of ours or nanoGPT's."""
     try:
-        loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()
-        fail(f'{path} cannot be read as a checkpoint ({type(error).__name__}: {reason[0][:150] if reason else ""}): it is '
-             f'damaged or none of ours; type --checkpoint=FILE for another')
+        return read(path)
+    except Damaged as error:
+        fail(f'{path} {error}; type --checkpoint=FILE or --out_dir=FOLDER for another')
+
+
+def load_last(out_dir):
+    """(checkpoint, path) to resume from: last.pt, or, with a line saying so, its predecessor when last.pt is damaged."""
+    path = find(out_dir, names=('last.pt', 'last.previous.pt', 'ckpt.pt'))
+    previous = os.path.join(out_dir, 'last.previous.pt')
+    try:
+        loaded = read(path)
+    except Damaged as error:
+        if path == previous or not os.path.isfile(previous):
+            fail(f'{path} {error}; type --out_dir=FOLDER for another run, or --init_from=scratch')
+        say(f'{path} {error}: using {previous}, the one before it')
+        loaded, path = load(previous), previous
+    kinds = dict(iter_num=int, best_val_loss=(float, int, torch.Tensor), optimizer=(list, dict), config=dict)
+    for key, kind in kinds.items():
+        if not isinstance(loaded.get(key), kind):
+            what = type(loaded.get(key)).__name__
+            fail(f'{path} cannot be resumed from: its {key} is of type {what}; type --out_dir=FOLDER for another')
+    if loaded['iter_num'] < 0:
+        fail(f'{path} cannot be resumed from: its iter_num is {loaded["iter_num"]}; type --out_dir=FOLDER for another')
+    return loaded, path
+
+
+def read(path):
+    """load() that raises Damaged."""
+    try:
+        with open(path, 'rb') as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - SEAL_SIZE))
+            seal = f.read()
+            sealed = seal.startswith(SEAL)
+            if sealed and seal != SEAL + _digest(f, size - SEAL_SIZE):
+                raise Damaged('is damaged: its content does not match its checksum')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')   # of a foreign pickle protocol: the error to come says enough
+            loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except Damaged:
+        raise
+    except Exception as error:   # a damaged file can make its reader raise anything
+        reason = str(error).strip().splitlines() or ['']
+        raise Damaged(f'cannot be read as a checkpoint, it is damaged or none of ours ({type(error).__name__}: '
+                      f'{reason[0][:120]})') from None
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ('model', 'model_args')):
-        fail(f'{path} is not a checkpoint of this project: it lacks model or model_args; type --checkpoint=FILE for another')
+        raise Damaged('is not a checkpoint of this project: it lacks model or model_args')
+    if 'format' in loaded and not sealed:   # ours always are; nanoGPT's have neither
+        raise Damaged('is damaged: its checksum is gone')
     return loaded
 
 
 def build_model(loaded, path, **overrides):
     """The GPT of a checkpoint, on the CPU; overrides are GPTConfig fields such as dropout."""
-    known = {field.name for field in fields(GPTConfig)}
-    unknown = set(loaded['model_args']) - known
-    if unknown:
-        fail(f'{path}: its model has settings that are not known here ({", ".join(map(str, sorted(unknown, key=str)))}); '
-             f'it was written by another version or project')
+    known = {field.name: type(field.default) for field in fields(GPTConfig)}
+    args = {**loaded['model_args'], **overrides}
+    for name, value in args.items():
+        if name not in known:
+            fail(f'{path}: its model has a setting {name!r} that is not known here: it is of another version or project')
+        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+            fail(f'{path}: {name}={value!r} in its model_args is no {known[name].__name__}; type --checkpoint=FILE for another')
+    # torch.compile's and DDP's wrappers leave prefixes; nanoGPT without flash attention leaves its masks
+    weights = {str(name).removeprefix('module.').removeprefix('_orig_mod.'): p for name, p in loaded['model'].items()}
+    weights = {name: p for name, p in weights.items() if not name.endswith('.attn.bias')}
     try:
-        model = GPT(GPTConfig(**{**loaded['model_args'], **overrides}))
-        # torch.compile's and DDP's wrappers leave prefixes; nanoGPT without flash attention leaves its masks
-        weights = {name.removeprefix('module.').removeprefix('_orig_mod.'): p for name, p in loaded['model'].items()}
-        model.load_state_dict({name: p for name, p in weights.items() if not name.endswith('.attn.bias')})
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        with torch.device('meta'):   # nothing is allocated for a shape that the weights do not have
+            expected = GPT(GPTConfig(**args)).state_dict()
+        for name in {**expected, **weights}:
+            have, want = (tuple(t[name].shape) if isinstance(t.get(name), torch.Tensor) else None for t in (weights, expected))
+            if have != want:
+                raise ValueError(f'{name} has the shape {have} where {want} is expected')
+        model = GPT(GPTConfig(**args))
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
     return model
 
 
-def find_tokenizer(loaded, path, data_dir='data'):
-    """The tokenizer in a checkpoint; for one by nanoGPT, that of the dataset its config names."""
-    if 'tokenizer' not in loaded:
-        return Dataset(str(loaded.get('config', {}).get('dataset', '')), data_dir).tokenizer
-    try:
-        return load_tokenizer(loaded['tokenizer'])
-    except ValueError as error:
-        fail(f'{path}: {error}; type --checkpoint=FILE for another')
+def find_tokenizer(loaded, path, model, data_dir='data'):
+    """The tokenizer in a checkpoint; for one by nanoGPT, that of the dataset its config names. model draws from its symbols."""
+    if 'tokenizer' in loaded:
+        try:
+            tokenizer = load_tokenizer(loaded['tokenizer'])
+        except ValueError as error:
+            fail(f'{path}: {error}; type --checkpoint=FILE for another')
+    else:
+        config = loaded.get('config')
+        name = str(config.get('dataset', '')) if isinstance(config, dict) else ''
+        find_dataset(name, data_dir)   # a name that is a path is refused
+        tokenizer = Dataset(name, data_dir).tokenizer
+    if tokenizer.vocab_size > model.config.vocab_size:
+        fail(f'{path}: its tokenizer has {tokenizer.vocab_size:,} symbols and its model {model.config.vocab_size:,}; type '
+             f'--checkpoint=FILE for another')
+    model.drawable = tokenizer.vocab_size
+    return tokenizer

@@ -45,7 +45,7 @@ def configure(knobs, resolve_device=None, argv=None):
             given |= _run_config(text, knobs, names)
         else:
             given.add(key)
-            knobs[key] = _checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
+            knobs[key] = checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
     if resolve_device:
         knobs['device'] = resolve_device(knobs['device'])
     return {k: knobs[k] for k in names}, given
@@ -115,7 +115,7 @@ def _run_config(path, knobs, names):
             continue
         if key not in names:
             fail(_unknown(f'{path}: {key}', key, names) + ' (names of its own start with _)')
-        knobs[key] = _checked(key, value, names[key], f'{path}: {key}={value!r}')
+        knobs[key] = checked(key, value, names[key], f'{path}: {key}={value!r}')
     return scope.assigned & names.keys()
 
 
@@ -130,7 +130,7 @@ def _parse(text, default):
     return value if isinstance(value, PLAIN) or default is not None else text
 
 
-def _checked(key, value, default, where):
+def checked(key, value, default, where):
     """value, as the type of the knob's default; fails for another type. 'auto' and None leave it to the script."""
     if isinstance(value, float) and not math.isfinite(value):
         fail(f'{where}: not a finite number; type --{key}={default}')

@@ -8,6 +8,8 @@ meta.json says how to read them and what they must hash to. nanoGPT's files are 
 import glob
 import hashlib
 import json
+import math
+import mmap
 import os
 import pickle
 import re
@@ -19,6 +21,7 @@ import torch
 from configurator import fail
 
 VERIFY_BELOW = 64 << 20   # bytes; larger files are checked by size at start-up and by token range as they are read
+RELEASE_AFTER = 256 << 20   # bytes read from the files until their pages are given back
 PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
            'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2'}
@@ -111,32 +114,40 @@ def load_tokenizer(state):
 
 # ---- getting and writing data --------------------------------------------------------------------------------------
 
-def download(url, path, size, sha256, tries=3):
-    """Fetch url to path, which appears only once size (bytes) and SHA-256 are right. Raises OSError with the reason."""
+def download(url, path, size, sha256, tries=4):
+    """Fetch url to path, which appears only once size (bytes) and SHA-256 are right. Raises OSError with the reason.
+
+    A try that breaks off is taken up where it ended; what an ended process left behind too; a failed call leaves nothing."""
     import requests  # here, so that training on data that exists does without
-    part = path + '.part'
+    part, reason = path + '.part', None
     for attempt in range(tries):
+        if attempt:
+            time.sleep(2 ** (attempt - 1))
         try:
-            digest, got = hashlib.sha256(), 0
-            with requests.get(url, stream=True, timeout=(10, 30)) as reply, open(part, 'wb') as f:
+            have = os.path.getsize(part) if os.path.exists(part) else 0
+            headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'} if 0 < have < size else {}
+            with requests.get(url, stream=True, timeout=(10, 30), headers=headers) as reply:
                 reply.raise_for_status()
-                for chunk in reply.iter_content(1 << 16):
-                    got += len(chunk)
-                    if got > size:
-                        raise OSError(f'{url} sent more than the {size:,} bytes expected')
-                    digest.update(chunk)
-                    f.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise OSError(f'{url} sent {got:,} bytes that are not the file expected (SHA-256 {digest.hexdigest()[:12]}…)')
+                resumed = reply.status_code == 206 and reply.headers.get('Content-Range', '').startswith(f'bytes {have}-')
+                with open(part, 'ab' if resumed else 'wb') as f:
+                    for chunk in reply.iter_content(1 << 14):
+                        f.write(chunk)
+                        if f.tell() > size:
+                            break
+            got = os.path.getsize(part)
+            if got < size:
+                raise OSError(f'{url} broke off after {got:,} of {size:,} bytes')
+            with open(part, 'rb') as f:
+                digest = hashlib.file_digest(f, 'sha256').hexdigest()
+            if got != size or digest != sha256:
+                os.remove(part)
+                raise OSError(f'{url} did not send the file expected: {got:,} bytes (not {size:,}), SHA-256 {digest[:12]}…')
             os.replace(part, path)
             return
-        except OSError as error:   # requests' own errors are OSErrors too
+        except (OSError, ValueError) as error:   # requests' own errors are OSErrors too, a malformed URL's a ValueError
             reason = error
-            if attempt + 1 < tries:
-                time.sleep(2 ** attempt)
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
+    if os.path.exists(part):
+        os.remove(part)
     raise OSError(f'{type(reason).__name__}: {str(reason)[:300]}')
 
 
@@ -193,6 +204,7 @@ class Dataset:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); {self.again}')
         self.vocab_size = self.tokenizer.vocab_size
         self.opened = {}   # split -> its shards, verified once
+        self.maps = []     # of all of them
 
     def split(self, split):
         """[token array a shard], memory-mapped; fails when a file is missing or is not what meta.json says."""
@@ -217,13 +229,21 @@ class Dataset:
         for path, n in zip(paths, sizes):
             if n == 0 or n % int(self.dtype[-1]):
                 fail(f'{path}: {n} bytes are not a whole number of {self.dtype[-1]}-byte tokens; {self.again}')
-            shard = np.memmap(path, dtype=self.dtype, mode='r')
+            with open(path, 'rb') as f:
+                self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            shard = np.frombuffer(self.maps[-1], dtype=self.dtype)
             if n <= VERIFY_BELOW:
                 if known and hashlib.sha256(shard).hexdigest() != hashes[os.path.basename(path)]:
                     fail(f'{path} disagrees with meta.json: its SHA-256 is another; {self.again}')
                 self.check_range(shard, path)
             shards.append(shard)
         return shards
+
+    def release(self):
+        """Give back the pages read so far: they count as this process's memory and would grow to all of it (nanoGPT #287)."""
+        for pages in self.maps:
+            if hasattr(pages, 'madvise'):   # not on Windows
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def check_range(self, tokens, where):
         """Fails where a token is at or above the vocabulary's size, which would index past the embedding."""
@@ -286,7 +306,8 @@ class TrainingWindows:
     the whole global batch, so neither resuming nor the number of ranks changes what is seen."""
 
     def __init__(self, dataset, split, block_size, seed):
-        self.dataset, self.shards, self.T, self.seed, self.epoch = dataset, dataset.split(split), block_size, seed, None
+        self.dataset, self.shards, self.T, self.seed = dataset, dataset.split(split), block_size, seed
+        self.epoch, self.read = None, 0
         self.counts = [max((len(s) - self.T) // self.T, len(s) > self.T) for s in self.shards]
         if not sum(self.counts):
             longest = max(map(len, self.shards))
@@ -315,6 +336,10 @@ class TrainingWindows:
             start = self.offsets[shard] + window * self.T
             row[:] = self.shards[shard][start:start + self.T + 1]
         self.dataset.check_range(rows, self.dataset.folder)
+        self.read += rows.nbytes + count * (1 << 16)   # the system maps some pages around the one asked for
+        if self.read > RELEASE_AFTER:
+            self.read = 0
+            self.dataset.release()
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
 
@@ -322,16 +347,20 @@ def evaluation_batches(dataset, split, block_size, batch_size, batches=None, ran
     """Yield x, y (B, T) over a split, every target once; padding has target -1. Neither random nor dependent on ranks.
 
     batches: take that many batches' worth of windows, evenly spread, instead of all. Each rank gets its share."""
-    windows = [(shard, start) for shard in dataset.split(split) for start in range(0, len(shard) - 1, block_size)]
-    if not windows:
+    shards = dataset.split(split)
+    ends = np.cumsum([max(0, math.ceil((len(shard) - 1) / block_size)) for shard in shards])
+    n = taken = int(ends[-1])
+    if not n:
         fail(f'{dataset.folder}: the {split} split has no two tokens in a row to predict; use more text')
-    if batches is not None and batches * batch_size < len(windows):
-        windows = [windows[i * len(windows) // (batches * batch_size)] for i in range(batches * batch_size)]
-    windows = windows[rank::ranks]
-    for i in range(0, len(windows), batch_size):   # the last one is filled up too: torch.compile wants one shape
+    if batches is not None:
+        taken = min(n, batches * batch_size)
+    for first in range(0, taken, batch_size * ranks):   # all ranks take the same number of batches, all of one shape
         x, y = np.zeros((batch_size, block_size), dtype=np.int64), np.full((batch_size, block_size), -1, dtype=np.int64)
-        for j, (shard, start) in enumerate(windows[i:i + batch_size]):
-            piece = np.asarray(shard[start:start + block_size + 1], dtype=np.int64)
-            x[j, :len(piece) - 1], y[j, :len(piece) - 1] = piece[:-1], piece[1:]
+        for row, i in enumerate(range(first + rank * batch_size, min(taken, first + (rank + 1) * batch_size))):
+            window = i * n // taken
+            shard = int(np.searchsorted(ends, window, side='right'))
+            start = (window - (ends[shard - 1] if shard else 0)) * block_size
+            piece = np.asarray(shards[shard][start:start + block_size + 1], dtype=np.int64)
+            x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
         dataset.check_range(x, dataset.folder)
         yield torch.from_numpy(x), torch.from_numpy(y)

@@ -185,6 +185,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.drawable = config.vocab_size   # tokens that sampling may draw: rows above a tokenizer's vocabulary are padding
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else nn.Identity(),
@@ -247,7 +248,7 @@ class GPT(nn.Module):
                 x = self.hidden(idx[:, cache[0].length:] if cache else idx, cache)
             else:   # past block_size every position of the window shifts, and what was cached is no longer true
                 x = self.hidden(idx[:, -block_size:])
-            logits = self.lm_head(x[:, -1]).float()                                               # (B, V)
+            logits = self.lm_head(x[:, -1])[:, :self.drawable].float()                            # (B, V)
             new = draw(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)     # (B, 1)
             idx = torch.cat((idx, new), dim=1)                                                    # (B, T + 1)
             yield new

@@ -8,10 +8,14 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import sys
+import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import fail
 
@@ -138,8 +142,31 @@ def join_ranks(backend, device):
             fail(f'torchrun asks for GPU {local} and this machine has {count}; type --nproc_per_node={count}')
         device = f'cuda:{local}'
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') and backend != 'gloo' else 'gloo')
-    return dist.get_rank(), dist.get_world_size(), device
+    rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    store = _fresh_store(rank, ranks) if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else None
+    dist.init_process_group('nccl' if device.startswith('cuda') and backend != 'gloo' else 'gloo', store=store,
+                            rank=rank, world_size=ranks)
+    return rank, ranks, device
+
+
+def _fresh_store(rank, ranks):
+    """The key-value store in which the ranks find each other, new at every start: torchrun's own outlives a restart and
+    then hands out the addresses of dead processes (pytorch #135712)."""
+    host, deadline = os.environ['MASTER_ADDR'], time.monotonic() + 300
+    torchruns = dist.TCPStore(host, int(os.environ['MASTER_PORT']), is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, ranks, is_master=True, wait_for_workers=False)
+        torchruns.set('port', str(store.port))
+        return store
+    while True:
+        port = int(torchruns.get('port'))   # the one read first may be a dead rank's
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return dist.TCPStore(host, port, ranks, is_master=False)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def total(values, device):
@@ -151,6 +178,43 @@ def total(values, device):
     return summed.tolist()
 
 
+def agree(values, device):
+    """The largest of each number over all ranks, so that all of them take the same turn."""
+    if not dist.is_initialized():
+        return values
+    largest = torch.tensor(values, device=device if device.startswith('cuda') else 'cpu')
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def shard(model, ranks, device):
+    """Split parameters, and with them gradients and optimizer states, over the ranks (FSDP2), a block at a time."""
+    mesh = dist.init_device_mesh(device.partition(':')[0], (ranks,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'hidden')   # what sampling calls gathers the parameters as forward does
+
+
+def whole(tree):
+    """A state dict with every sharded tensor gathered, on the CPU; all ranks call it together."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().cpu()
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    return [whole(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def load_optimizer(opt, state):
+    """opt.load_state_dict(state) from a whole state dict; a sharded parameter takes its own part of it."""
+    params = [p for group in opt.param_groups for p in group['params']]
+    for i, tensors in state['state'].items():
+        for key, value in tensors.items():
+            if isinstance(params[i], DTensor) and value.shape == params[i].shape:
+                tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
+    opt.load_state_dict(state)
+
+
 @torch.no_grad()
 def mean_loss(model, batches, device, dtype):
     """Mean nats per target over batches of x, y (B, T), the shares of all ranks together; leaves model's mode as it was."""
@@ -160,7 +224,8 @@ def mean_loss(model, batches, device, dtype):
         with autocast(device, dtype):
             _, loss = model(x.to(device), y.to(device))
         count = int((y >= 0).sum())
-        nats, targets = nats + loss.to('cpu' if device == 'mps' else device, torch.float64) * count, targets + count
+        if count:   # ranks take the same number of batches, and the last may hold padding alone
+            nats, targets = nats + loss.to('cpu' if device == 'mps' else device, torch.float64) * count, targets + count
     model.train(was_training)
     nats, targets = total([float(nats), targets], device)
     return nats / targets
@@ -177,14 +242,6 @@ class Signals:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.caught == number == signal.SIGINT:   # a second Ctrl-C: at once
-            raise KeyboardInterrupt
+        if self.caught == number == signal.SIGINT and 'RANK' not in os.environ:   # torchrun itself repeats the first
+            raise KeyboardInterrupt   # a second Ctrl-C: at once
         self.caught = number
-
-    def agreed(self, device):
-        """The signal that some rank has caught, the same on all of them, or 0."""
-        if not dist.is_initialized():
-            return self.caught
-        highest = torch.tensor(self.caught, device=device if device.startswith('cuda') else 'cpu')
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        return int(highest)

@@ -50,8 +50,8 @@ for name, value, good, allowed in (
 
 path = checkpoints.find(out_dir, checkpoint)
 loaded = checkpoints.load(path)
-tokenizer = checkpoints.find_tokenizer(loaded, path, data_dir)
 model = checkpoints.build_model(loaded, path).to(device).eval()
+tokenizer = checkpoints.find_tokenizer(loaded, path, model, data_dir)
 dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
 say(f'{path}: iter {loaded.get("iter_num")}, {model.num_params():,} parameters')
 if compile:

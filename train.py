@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import runtime
-from configurator import configure, fail
+from configurator import checked, configure, fail
 from data import PREPARE, Dataset, TrainingWindows, evaluation_batches, find_dataset
 from model import GPT, GPTConfig
 from runtime import say
@@ -40,6 +40,8 @@ eval_interval = 2000         # optimizer steps between evaluations, each followe
 eval_iters = 200             # batches an evaluation looks at, the same ones every time; the last one takes the whole split
 eval_only = False            # evaluate the whole validation split and stop
 always_save_checkpoint = True  # False: an evaluation writes last.pt only if the loss improved (the end always writes)
+checkpoint_interval = 0      # also write last.pt every so many optimizer steps, 0 for never
+checkpoint_minutes = 0.0     # also write last.pt every so many minutes, 0 for never
 log_interval = 1             # optimizer steps between log lines
 sample_interval = 0          # optimizer steps between samples printed, 0 for none
 seed = 1337                  # of weights, windows and dropout
@@ -86,28 +88,32 @@ warmup_iters = 2000          # steps of linear warm-up
 lr_decay_iters = None        # step at which the cosine reaches min_lr; None: max_iters
 min_lr = 6e-5                # the rate at the end
 # machine
+shard = False                # under torchrun: split parameters, gradients and optimizer over the ranks (FSDP2)
 backend = 'auto'             # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
 knobs, given = configure(globals(), runtime.find_device)
+signals = runtime.Signals()
+rank, ranks, device = runtime.join_ranks(backend, device)
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
-resumed = None
+resumed, last_path = None, os.path.join(out_dir, 'last.pt')
+if runtime.agree([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))], device)[0] and os.path.exists(last_path):
+    init_from = 'resume'   # torchrun --max-restarts starts the same command again after a rank has died
 if init_from == 'resume':
-    path = checkpoint.find(out_dir, names=('last.pt', 'best.pt', 'ckpt.pt'))
-    resumed = checkpoint.load(path)
+    resumed, path = checkpoint.load_last(out_dir)
     # the run goes on as it was; what is typed now wins, and what belongs to the machine is found anew
     machine = ('init_from', 'out_dir', 'data_dir', 'eval_only', 'backend', 'device', 'dtype', 'compile')
-    for key, value in (resumed.get('config') or {}).items():
+    for key, value in resumed['config'].items():
         if key in knobs and key not in given and key not in machine:
-            knobs[key] = globals()[key] = value
+            knobs[key] = globals()[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
 elif init_from != 'scratch':
     fail(f"init_from={init_from!r}: allowed are scratch, resume; type --init_from=scratch")
 
-lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, seed=0, gradient_accumulation_steps=1,
-              batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, weight_decay=0, beta1=0, beta2=0, grad_clip=0,
-              warmup_iters=0, min_lr=0)
+lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
+              seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
+              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)
 for key, least in lowest.items():
     if not least <= knobs[key] < 2**63:
         fail(f'{key}={knobs[key]}: it must be {least} or more; type --{key}={max(least, 1)}')
@@ -117,6 +123,8 @@ if lr_decay_iters is not None and (type(lr_decay_iters) is not int or lr_decay_i
     fail(f'lr_decay_iters={lr_decay_iters!r}: it must be None or a whole number, 0 or more; type --lr_decay_iters={max_iters}')
 if optimizer not in ('adamw', 'muon'):
     fail(f'optimizer={optimizer!r}: allowed are adamw, muon; type --optimizer=adamw')
+if shard and optimizer == 'muon':
+    fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; type --optimizer=adamw')
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'qkv_bias', 'tie_weights', 'pos', 'norm', 'residual', 'qk_norm',
          'activation')
 training = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')
@@ -130,7 +138,6 @@ try:
     GPTConfig(**{key: knobs[key] for key in shape + training})
 except ValueError as error:
     fail(error)
-rank, ranks, device = runtime.join_ranks(backend, device)
 if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
     fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} ranks; it counts the '
@@ -145,8 +152,9 @@ if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
     say(f'{folder} is missing: running {prepare}')
     script, *flags = shlex.split(prepare)
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *flags]
-    if status := subprocess.run([*command, f'--data_dir={data_dir}', '--stand_in']).returncode:
-        sys.exit(status)
+    status = subprocess.run([*command, f'--data_dir={data_dir}', '--stand_in']).returncode
+    if status or signals.caught:
+        sys.exit(128 + signals.caught if signals.caught else status)
 if ranks > 1:
     dist.barrier()
 data = Dataset(dataset, data_dir)
@@ -171,7 +179,11 @@ if resumed:
              f'--dataset=NAME for the one it was trained on')
 else:
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **{key: knobs[key] for key in shape + training}))
+parameters, flops_per_token = model.num_params(), model.flops_per_token()
 model.to(device)
+shard = shard and ranks > 1
+if shard:
+    runtime.shard(model, ranks, device)
 
 # Muon sees each block matrix as a parameter of its own that shares the model's storage; QKV is three of them
 sliced = [(p, rows, nn.Parameter(p.detach()[rows])) for _, p, rows in model.muon_matrices()] if optimizer == 'muon' else []
@@ -187,17 +199,25 @@ for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
         group['peak'] = peak
 scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
 
-step, best_val_loss, seconds = 0, math.inf, 0.0   # updates made, lowest validation loss, seconds of training
+step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
 if resumed:
-    step, best_val_loss, seconds = resumed['iter_num'], float(resumed['best_val_loss']), resumed.get('seconds', 0.0)
+    step, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
+    seconds, skipped = resumed.get('seconds', 0.0), resumed.get('skipped', 0)
+    if os.path.exists(best := os.path.join(out_dir, 'best.pt')):   # it may be newer than what is resumed
+        try:
+            best_val_loss = min(best_val_loss, float(checkpoint.read(best)['best_val_loss']))
+        except checkpoint.Damaged as error:
+            say(f'{best} {error}: the next evaluation replaces it')
+            best_val_loss = math.inf
     states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
     try:
         for opt, state in zip(optimizers, states, strict=True):
-            typed = [{key: group.get(key) for key in ('peak', 'weight_decay', 'betas')} for group in opt.param_groups]
-            opt.load_state_dict(state)
-            for group, knobs_now in zip(opt.param_groups, typed):   # a rate or decay typed anew holds from here on
+            own = ('peak', 'weight_decay', 'betas')   # a rate or decay typed anew holds from here on
+            typed = [{key: group[key] for key in own if key in group} for group in opt.param_groups]
+            runtime.load_optimizer(opt, state)
+            for group, knobs_now in zip(opt.param_groups, typed):
                 group.update(knobs_now)
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type the other one')
     scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
     resumed = None   # its tensors would sit in memory twice
@@ -205,7 +225,7 @@ if resumed:
 
 compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
 trained = compiled
-if ranks > 1:
+if ranks > 1 and not shard:
     trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None)
 
 
@@ -215,12 +235,28 @@ def micro_step(first, sync=True):
     if device.startswith('cuda'):
         x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    if ranks > 1:
+    if shard:
+        model.set_requires_gradient_sync(sync)
+    elif ranks > 1:
         trained.require_backward_grad_sync = sync
-    with runtime.autocast(device, dtype):
-        _, loss = trained(x, y)
-    scaler.scale(loss / micro_steps).backward()
+    try:
+        with runtime.autocast(device, dtype):
+            _, loss = trained(x, y)
+        scaler.scale(loss / micro_steps).backward()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            out_of_memory()
+        raise
     return loss.detach()
+
+
+def out_of_memory():
+    """Name the settings that do the same with less memory."""
+    fewer = next((b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0), 0)
+    more = gradient_accumulation_steps * batch_size // max(fewer, 1)
+    fail(f'out of memory at batch_size={batch_size}, block_size={block_size} on {device}; ' + (
+        f'for the same tokens per step in less: type --batch_size={fewer} --gradient_accumulation_steps={more}' if fewer else
+        'type --grad_checkpointing, or a smaller --block_size or --n_embd'))
 
 
 def schedule(step):
@@ -248,17 +284,35 @@ def evaluate(batches):
 
 
 def save(name):
-    """Write a checkpoint into out_dir, from rank 0 alone."""
-    if rank == 0:
-        checkpoint.save(os.path.join(out_dir, name), dict(
-            format=1, model=model.state_dict(), model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
-            optimizer=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(), iter_num=step,
-            best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds, config=knobs,
-            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if device.startswith('cuda') else [])))
+    """Write a checkpoint into out_dir, from rank 0; returns whether that worked. A full disk costs this save, not the run."""
+    look()
+    weights, states = model.state_dict(), [opt.state_dict() for opt in optimizers]
+    if shard:
+        weights, states = runtime.whole(weights), runtime.whole(states)
+    path, previous = os.path.join(out_dir, name), os.path.join(out_dir, 'last.previous.pt') if name == 'last.pt' else None
+    try:
+        if rank == 0:
+            checkpoint.save(path, dict(
+                format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
+                scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds,
+                skipped=skipped, config=knobs, rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()
+                                                        if device.startswith('cuda') else [])), previous)
+        return True
+    except OSError as error:
+        say(f'iter {step}: {path} could not be written ({error.strerror}); the older checkpoint is as it was')
+        return False
 
 
-def stop_not_finite(what):
-    """Say where the numbers broke and what to try; checkpoints stay as they are."""
+def look():
+    """Check the numbers of the steps since the last look: before a log line and before a save, so that in between a GPU
+    need not wait. Where they are no longer finite the run ends, and checkpoints stay as they are."""
+    for number, loss, grad_norm in unseen:
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+            stop_not_finite(number, f'loss {float(loss) / micro_steps}, gradient norm {float(grad_norm)}')
+    unseen.clear()
+
+
+def stop_not_finite(step, what):
     fail(f'iter {step}: {what}, learning rate {schedule(step) * learning_rate:.3g}, loss scale {scaler.get_scale():g}: no '
          f'longer finite; no checkpoint was overwritten; type a lower --learning_rate (and --muon_learning_rate), more '
          f'--warmup_iters, or --dtype=float32')
@@ -267,10 +321,22 @@ def stop_not_finite(what):
 def log_row(**row):
     """Append one row to log.csv, from rank 0 alone; a column that has no value stays empty."""
     if rank == 0:
-        with open(log_path, 'a', newline='') as f:
-            csv.DictWriter(f, columns).writerow(row)
+        try:
+            with open(log_path, 'a', newline='') as f:
+                csv.DictWriter(f, columns).writerow(row)
+        except OSError as error:
+            say(f'iter {step}: {log_path} could not be written ({error.strerror})')
         for write in trackers:
             write({key: value for key, value in row.items() if value != ''}, row['iter'])
+
+
+def logged_rows():
+    """The rows of log.csv, whole lines only: a machine that failed may have left half of one."""
+    if not os.path.exists(log_path):
+        return []
+    with open(log_path, newline='', encoding='utf-8', errors='replace') as f:
+        rows = list(csv.DictReader(line for line in f if line.endswith('\n')))
+    return [row for row in rows if None not in row.values() and (row.get('iter') or '').isdigit()]
 
 
 def plot_losses():
@@ -281,18 +347,20 @@ def plot_losses():
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    with open(log_path, newline='') as f:
-        rows = list(csv.DictReader(f))
+    rows = logged_rows()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
         points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
         if points:
             axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
-    axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {model.num_params():,} parameters')
+    axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {parameters:,} parameters')
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110, bbox_inches='tight')
+    try:
+        figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110, bbox_inches='tight')
+    except OSError as error:
+        say(f'iter {step}: loss.png could not be written ({error.strerror})')
     plt.close(figure)
 
 
@@ -301,7 +369,7 @@ def print_sample():
     first = torch.tensor(data.split('val')[0][:1].astype(np.int64), device=device)[None]           # (1, 1)
     generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
     with runtime.autocast(device, dtype):
-        idx = model.generate(first, 200, temperature=0.8, generator=generator)
+        idx = model.generate(first, 200, temperature=0.8, generator=generator)   # on all ranks: shards need each other
     say('-' * 40 + '\n' + data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace') + '\n' + '-' * 40)
 
 
@@ -309,7 +377,7 @@ def print_sample():
 micro_steps = gradient_accumulation_steps // ranks   # of this rank
 sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
 tokens_per_step = sequences * block_size
-say(f'{model.num_params():,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training tokens, '
+say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training tokens, '
     f'{tokens_per_step / max(len(windows) * block_size, 1):.3g} epochs a step')
 say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accumulation_steps} accumulation '
     f'({micro_steps} each on {ranks} ranks) = {tokens_per_step:,}')
@@ -333,20 +401,27 @@ if rank == 0 and not eval_only:
             fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
-    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=model.num_params())
-        json.dump({**knobs, **resolved, 'versions': versions, 'machine': platform.platform()}, f, indent=1)
-    kept = []   # a resumed run writes the rows from its checkpoint on anew
-    if step and os.path.exists(log_path):
-        with open(log_path, newline='') as f:
-            kept = [row for row in csv.DictReader(f) if int(row['iter']) < step]
-    with open(log_path, 'w', newline='') as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(kept)
+    try:
+        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+            resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
+            json.dump({**knobs, **resolved, 'versions': versions, 'machine': platform.platform()}, f, indent=1)
+        if init_from == 'scratch' and os.path.exists(last_path):   # a command typed again by mistake must not cost a run
+            earlier = os.path.join(out_dir, 'earlier')
+            say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
+            os.makedirs(earlier, exist_ok=True)
+            for name in ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png'):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
+        with open(log_path + '.part', 'w', newline='') as f:
+            writer = csv.DictWriter(f, columns, extrasaction='ignore')
+            writer.writeheader()
+            if init_from == 'resume':   # which writes the rows from its checkpoint on anew
+                writer.writerows(row for row in logged_rows() if int(row['iter']) < step)
+        os.replace(log_path + '.part', log_path)
+    except OSError as error:
+        fail(f'{out_dir} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
 
-signals = runtime.Signals()
 if eval_only:
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
@@ -362,32 +437,40 @@ if step < max_iters:
 # ---- the loop ------------------------------------------------------------------------------------------------------
 model.train()
 peak = runtime.peak_flops(device)
-logged_step, logged_seconds = step, seconds
+logged_step, logged_seconds, saved = step, seconds, True
+unseen = []   # step, loss and gradient norm of the steps since the last look
+saved_at = time.monotonic()
 while True:
     val_loss, last = None, step >= max_iters
     if step % eval_interval == 0 or last:
+        started = time.perf_counter()
+        look()   # waits for a GPU's last steps, which are training time
+        seconds += time.perf_counter() - started
         val_loss = sample_loss = evaluate(eval_iters)
         if last:
             val_loss = evaluate(None)
         if not math.isfinite(val_loss):
-            stop_not_finite(f'validation loss {val_loss}')
+            stop_not_finite(step, f'validation loss {val_loss}')
         improved = sample_loss < best_val_loss   # always judged on the same sample
         best_val_loss = min(best_val_loss, sample_loss)
         say(f'iter {step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}' + ' on the whole split' * last)
         if improved:
             save('best.pt')
         if improved or last or always_save_checkpoint:
-            save('last.pt')
-    if sample_interval and (last or step and step % sample_interval == 0) and rank == 0:
+            saved, saved_at = save('last.pt'), time.monotonic()
+    if sample_interval and (last or step and step % sample_interval == 0) and (rank == 0 or shard):
         print_sample()
     if last:
         log_row(iter=step, tokens=step * tokens_per_step, val_loss=f'{val_loss:.6f}', seconds=f'{seconds:.3f}')
     if val_loss is not None and rank == 0:
         plot_losses()
-    caught = 0 if last else signals.agreed(device)
-    if caught:
-        save('last.pt')
-        say(f'signal {caught}: saved {os.path.join(out_dir, "last.pt")} at iter {step}; type --init_from=resume to go on')
+    due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
+                                bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
+    caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)], device)
+    if caught or due:
+        saved, saved_at = save('last.pt'), time.monotonic()
+    if caught and saved:
+        say(f'signal {caught}: saved {last_path} at iter {step}; type --init_from=resume to go on')
     if last or caught:
         break
 
@@ -406,22 +489,27 @@ while True:
     for opt in optimizers:
         scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if not (scaler.is_enabled() and not torch.isfinite(grad_norm)):   # fp16 overflowed: skip, and the scale goes down
+    if shard:
+        grad_norm = grad_norm.full_tensor()
+    if scaler.is_enabled() and not torch.isfinite(grad_norm):   # fp16 overflowed: no update, and the scale goes down
+        skipped += 1
+    else:
         for opt in optimizers:
             opt.step()
     scaler.update()
     model.zero_grad(set_to_none=True)
 
+    unseen.append((step, loss, grad_norm))
     logged = step % log_interval == 0 or val_loss is not None
-    if logged or (step + 1) % eval_interval == 0 or step + 1 == max_iters or device == 'cpu':   # else a GPU need not wait
-        loss, grad_norm = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps, float(grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
-            stop_not_finite(f'loss {loss}, gradient norm {grad_norm}')
+    if logged:
+        look()
+        loss = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps
     seconds += time.perf_counter() - started
     if logged:
         steps, spent = step + 1 - logged_step, seconds - logged_seconds
         tok_per_s = steps * tokens_per_step / spent
-        mfu = f' | mfu {tok_per_s * model.flops_per_token() / peak / ranks:.1%}' if peak else ''
+        mfu = f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}' if peak else ''
+        mfu += f' | skipped {skipped}, loss scale {scaler.get_scale():g}' if scaler.is_enabled() else ''
         say(f'iter {step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate * learning_rate:.2e} | '
             f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | '
             f'{runtime.clock((max_iters - step - 1) * spent / steps)} left')
@@ -435,5 +523,8 @@ if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
         f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
 if ranks > 1:
+    dist.barrier()   # a rank that leaves while others work can bring them down
     dist.destroy_process_group()
+if not saved:
+    fail(f'{last_path} could not be written at the end, and holds an earlier step; make room and type --init_from=resume')
 sys.exit(128 + caught if caught else 0)

@@ -1,5 +1,8 @@
 """What the tests share: scripts run as a user runs them, a small text, a small dataset."""
 import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and torchrun's ranks share the cores
+
 import runpy
 import shutil
 import signal

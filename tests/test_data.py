@@ -174,7 +174,7 @@ def test_windows_stay_inside_a_shard(folder):
     for i, n in enumerate((50, 5, 120)):
         np.arange(1000 * i, 1000 * i + n, dtype='<u2').tofile(f'data/made/train_00{i}.bin')
     made = Dataset.__new__(Dataset)
-    made.folder, made.again, made.meta, made.dtype, made.vocab_size, made.opened = 'data/made', '', {}, '<u2', 65_536, {}
+    made.folder, made.again, made.meta, made.dtype, made.vocab_size, made.opened, made.maps = 'data/made', '', {}, '<u2', 65_536, {}, []
     x, y = TrainingWindows(made, 'train', 8, seed=0).batch(0, (50 - 8) // 8 + (120 - 8) // 8)
     assert torch.equal(y, x + 1) and len(set(x[:, 0].tolist())) == len(x)
     assert set((x[:, 0] // 1000).tolist()) == {0, 2}

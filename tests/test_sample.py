@@ -20,7 +20,8 @@ def test_text_goes_to_stdout_alone(sample, trained):
 def test_greedy_text_is_the_argmax(sample, trained):
     """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
     loaded = checkpoint.load(f'{trained}/best.pt')
-    net, tokenizer = checkpoint.build_model(loaded, '').eval(), checkpoint.find_tokenizer(loaded, '')
+    net = checkpoint.build_model(loaded, '').eval()
+    tokenizer = checkpoint.find_tokenizer(loaded, '', net)
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
@@ -93,6 +94,19 @@ def test_wrapped_names_load(folder, trained, script):
     checkpoint.save('wrapped.pt', loaded)
     flags = ['--start=so', '--max_new_tokens=20', '--device=cpu']
     assert script('sample.py', '--checkpoint=wrapped.pt', *flags).out == script('sample.py', f'--out_dir={trained}', *flags).out
+
+
+def test_padding_is_never_drawn(folder, trained, script):
+    """Rows of the vocabulary above the tokenizer's, as in a nanoGPT checkpoint padded to 50304."""
+    loaded = checkpoint.load(f'{trained}/best.pt')
+    wte = loaded['model']['transformer.wte.weight']
+    loaded['model_args']['vocab_size'] = len(wte) + 7
+    for name in ('transformer.wte.weight', 'lm_head.weight'):   # the padding is made the likeliest of all
+        loaded['model'][name] = torch.cat((wte, 50 * wte[:7]))
+    checkpoint.save('padded.pt', loaded)
+    for temperature in (0, 5):
+        result = script('sample.py', '--checkpoint=padded.pt', '--device=cpu', f'--temperature={temperature}', '--max_new_tokens=50')
+        assert result.code == 0 and len(result.out) == 51
 
 
 def test_pickle_bomb_is_refused(folder, refused):

@@ -37,7 +37,7 @@ def flags(**knobs):
 def test_a_run(mini, script):
     result = script('train.py', *TINY, '--sample_interval=5')
     assert result.code == 0 and result.out == '' and 'Warning' not in result.err
-    assert sorted(os.listdir('out')) == ['best.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png']
+    assert sorted(os.listdir('out')) == ['best.pt', 'config.json', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png']
 
     rows = read_log('out/log.csv')
     assert list(rows[0]) == ['iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds']

@@ -1,0 +1,421 @@
+"""Faults: kills, damage, full disks, lost ranks, hostile files. pytest tests/test_faults.py
+
+Each test was seen failing without the protection it is about; the long form is tests/torture.py."""
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, read_log
+
+import checkpoint
+import data
+
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(path):
+    return [{key: row[key] for key in row if key not in ('tok_per_s', 'seconds')} for row in read_log(path)]
+
+
+# ---- killed at any instant -----------------------------------------------------------------------------------------
+
+def test_two_ranks_resume_exactly(mini, process):
+    common = [*TINY, '--gradient_accumulation_steps=2', '--dropout=0.1', '--optimizer=muon', '--dtype=bfloat16', '--max_iters=6',
+              '--lr_decay_iters=6', '--eval_interval=3']
+    assert process('train.py', *common, '--out_dir=whole', launcher=TORCHRUN).returncode == 0
+    assert process('train.py', *common, '--out_dir=parts', '--max_iters=3', launcher=TORCHRUN).returncode == 0
+    assert process('train.py', *common, '--out_dir=parts', '--init_from=resume', launcher=TORCHRUN).returncode == 0
+    assert same_weights('whole/last.pt', 'parts/last.pt') and without_times('whole/log.csv') == without_times('parts/log.csv')
+
+
+def test_last_is_whole_at_every_instant(folder, monkeypatch):
+    """Cut off at each system call of a save, a readable checkpoint is always there."""
+    checkpoint.save('last.pt', dict(format=1, model={}, model_args={}, step=0), 'last.previous.pt')
+
+    class Killed(BaseException):
+        pass
+
+    def stop(*args, **options):
+        raise Killed
+    for name in ('open', 'link', 'replace', 'fsync'):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, stop)
+            with pytest.raises(Killed):
+                checkpoint.save('last.pt', dict(format=1, model={}, model_args={}, step=1), 'last.previous.pt')
+        assert checkpoint.read('last.pt')['step'] in (0, 1)
+
+
+def test_previous_checkpoint_is_used_when_last_is_damaged(mini, script):
+    script('train.py', *TINY, '--eval_interval=4', '--out_dir=whole')
+    script('train.py', *TINY, '--eval_interval=4', '--max_iters=8')
+    with open('out/last.pt', 'r+b') as f:
+        f.seek(5000)
+        f.write(b'damage')
+    result = script('train.py', *TINY, '--eval_interval=4', '--init_from=resume')
+    assert 'out/last.pt is damaged' in result.err and 'using out/last.previous.pt' in result.err
+    assert 'resumed from out/last.previous.pt at iter 4' in result.err
+    assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_torn_log_line_is_dropped(mini, script):
+    script('train.py', *TINY, '--out_dir=whole')
+    script('train.py', *TINY, '--max_iters=5')
+    with open('out/log.csv', 'a') as f:
+        f.write('3,19')   # the machine failed while writing row 30-something
+    assert script('train.py', *TINY, '--init_from=resume').code == 0
+    assert without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_best_is_never_replaced_by_a_worse_one(mini, script):
+    """best.pt may be newer than last.pt: the run was killed between the two writes."""
+    script('train.py', *TINY, '--max_iters=5', '--out_dir=out')
+    os.rename('out/last.pt', 'early.pt')
+    best = checkpoint.load('out/best.pt')
+    best['best_val_loss'] = 0.5
+    checkpoint.save('out/best.pt', best)
+    os.rename('early.pt', 'out/last.pt')
+    assert script('train.py', *TINY, '--init_from=resume').code == 0
+    assert checkpoint.load('out/best.pt')['best_val_loss'] == 0.5
+
+
+def test_a_new_run_does_not_cost_the_old_one(mini, script):
+    script('train.py', *TINY)
+    before = open('out/last.pt', 'rb').read()
+    result = script('train.py', *TINY, '--max_iters=1')
+    assert 'moved to out/earlier' in result.err and open('out/earlier/last.pt', 'rb').read() == before
+    assert checkpoint.load('out/last.pt')['iter_num'] == 1 and len(read_log('out/log.csv')) == 2
+
+
+@pytest.mark.parametrize('knob', ['--checkpoint_interval=3', '--checkpoint_minutes=1e-9'])
+def test_saving_in_between(mini, script, knob):
+    from unittest import mock
+    with mock.patch.object(checkpoint, 'save', wraps=checkpoint.save) as save:
+        script('train.py', *TINY, '--eval_interval=100', '--always_save_checkpoint=False', knob)
+    steps = [call.args[1]['iter_num'] for call in save.call_args_list if call.args[0].endswith('last.pt')]
+    assert steps == ([0, 3, 6, 9, 10] if 'interval' in knob else list(range(11)))
+
+
+def test_sigkill_and_resume(mini):
+    """A few runs killed at random instants, a save at every step: always loadable, always the uninterrupted weights."""
+    common = [sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=40', '--lr_decay_iters=40', '--checkpoint_interval=1']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    subprocess.run([*common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=60)
+    chance, started = random.Random(0), False
+    for _ in range(3):
+        run = subprocess.Popen([*common, '--init_from=resume'] if started else common, stderr=subprocess.PIPE, text=True, env=environment)
+        for line in run.stderr:
+            if line.startswith('iter ') and ': loss' in line:
+                time.sleep(chance.random() * 0.3)
+                break
+        run.kill()
+        run.communicate()
+        started = os.path.exists('out/last.pt')
+        if started:
+            checkpoint.load('out/last.pt')
+    subprocess.run([*common, '--init_from=resume'], env=environment, capture_output=True, check=True, timeout=60)
+    assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_killed_rank_is_restarted(mini):
+    """torchrun --max-restarts after a kill -9 of one rank: goes on from last.pt, ends equal to the uninterrupted run."""
+    common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=60',
+              '--lr_decay_iters=60']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    subprocess.run([sys.executable, *TORCHRUN, *common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=120)
+    run = subprocess.Popen([sys.executable, *TORCHRUN, '--max-restarts=2', *common], stderr=subprocess.PIPE, text=True, env=environment)
+    said = []
+    watchdog = threading.Timer(90, run.kill)   # a hang is a failure, not a wait
+    watchdog.start()
+    for line in run.stderr:
+        said.append(line)
+        if line.startswith('iter 20: loss') and not any('resumed' in line for line in said):
+            children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(run.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+    watchdog.cancel()
+    assert run.wait(120) == 0, ''.join(said)
+    assert any('resumed from out/last.pt' in line for line in said)
+    assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_one_ranks_error_ends_all(mini, process):
+    """A token out of range that only one rank meets: all end at once, and that rank's message is there."""
+    meta = json.loads(open('data/mini/meta.json').read())
+    tokens = np.fromfile('data/mini/train.bin', dtype='<u2')
+    tokens[len(tokens) // 2] = 999
+    tokens.tofile('data/mini/train.bin')
+    os.remove('data/mini/meta.json')   # so that nothing notices at start-up: nanoGPT's layout, read window by window
+    with open('data/mini/meta.pkl', 'wb') as f:
+        pickle.dump(dict(itos=dict(enumerate(meta['tokenizer']['chars']))), f)
+    started = time.monotonic()
+    code = 'import data, runpy, sys; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
+           'runpy.run_path(sys.argv[0], run_name="__main__")'
+    (mini / 'start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {code}')
+    done = subprocess.run([sys.executable, *TORCHRUN, 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
+                           '--max_iters=1000', '--lr_decay_iters=1000', '--eval_interval=1000'], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode != 0 and 'token 999 is outside the vocabulary' in done.stderr
+    assert time.monotonic() - started < 40
+
+
+def test_shards_train_and_load_anywhere(mini, process, script):
+    """shard=True: the same losses as one process, and its checkpoint is one file that one process resumes from."""
+    common = [*TINY, '--gradient_accumulation_steps=6', '--max_iters=4', '--lr_decay_iters=8', '--eval_interval=2', '--sample_interval=4']
+    done = process('train.py', *common, '--shard', '--out_dir=sharded', launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    script('train.py', *common, '--out_dir=one')
+    for a, b in zip(read_log('one/log.csv'), read_log('sharded/log.csv'), strict=True):
+        for key in ('train_loss', 'val_loss', 'grad_norm'):
+            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
+    for out, launcher in (('sharded', []), ('one', TORCHRUN)):   # there and back
+        flags = [*common, f'--out_dir={out}', '--init_from=resume', '--max_iters=8']
+        done = process('train.py', *flags, *['--shard'] * bool(launcher), launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(read_log('one/log.csv'), read_log('sharded/log.csv'), strict=True):
+        assert (a['train_loss'] == b['train_loss'] == '') or float(a['train_loss']) == pytest.approx(float(b['train_loss']), abs=1e-5)
+
+
+# ---- full disks and lost folders -----------------------------------------------------------------------------------
+
+def test_disk_that_fills_up(mini):
+    """No file may grow past 20 kB from the second save on: the run says so, goes on, ends cleanly, the old file intact."""
+    size = 60_000
+    code = f'''
+import resource, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint
+save, saves = checkpoint.save, []
+def limited(*args, **options):
+    saves.append(1)
+    if len(saves) == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+    return save(*args, **options)
+checkpoint.save = limited
+sys.argv = ['train.py', *sys.argv[1:]]
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+'''
+    done = subprocess.run([sys.executable, '-c', code, *TINY, '--eval_interval=2'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert 'last.pt could not be written (File too large); the older checkpoint is as it was' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('error: ') and 'make room' in done.stderr
+    assert 0 < checkpoint.load('out/last.pt')['iter_num'] < 10 and not any(name.endswith('.part') for name in os.listdir('out'))
+    assert int(read_log('out/log.csv')[-1]['iter']) == 10
+
+
+def test_full_disk_for_real(mini, process):
+    """On a tmpfs of 300 kB."""
+    os.makedirs('small')
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', 'small'], capture_output=True).returncode:
+        pytest.skip('mounting a tmpfs needs root')
+    try:
+        done = process('train.py', *TINY, '--out_dir=small/out', '--eval_interval=2', '--n_embd=32')
+        assert 'Traceback' not in done.stderr and done.returncode == 2, done.stderr
+        assert 'could not be written (No space left on device)' in done.stderr
+        for name in os.listdir('small/out'):
+            assert not name.endswith('.part')
+            if name.endswith('.pt'):
+                checkpoint.load('small/out/' + name)
+    finally:
+        subprocess.run(['umount', 'small'], check=True)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+def test_out_of_memory_names_the_next_sizes(mini, refused, monkeypatch):
+    import model
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB')
+    monkeypatch.setattr(model.MLP, 'forward', full)
+    refused('train.py', *TINY, '--batch_size=6', '--gradient_accumulation_steps=5',
+            words=['batch_size=6', '--batch_size=3 --gradient_accumulation_steps=10'])
+    refused('train.py', *TINY, '--batch_size=1', words=['--grad_checkpointing'])
+
+
+def test_out_of_memory_is_not_any_error(mini, script, monkeypatch):
+    import model
+
+    def bug(*args, **options):
+        raise RuntimeError('a bug')
+    monkeypatch.setattr(model.MLP, 'forward', bug)
+    with pytest.raises(RuntimeError, match='a bug'):
+        script('train.py', *TINY)
+
+
+# ---- big data ------------------------------------------------------------------------------------------------------
+
+def test_memory_stays_flat_on_20_gigabytes(folder):
+    """A sparse 20 GB split: opened without being read, thousands of batches later still small."""
+    os.makedirs('data/big')
+    for name, size in (('train.bin', 20_000_000_000), ('val.bin', 2_000)):
+        with open(f'data/big/{name}', 'wb') as f:
+            f.truncate(size)
+    code = f'''
+import resource, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import data
+data.RELEASE_AFTER = 8 << 20
+with open('data/big/meta.pkl', 'wb') as f:
+    __import__('pickle').dump(dict(itos={{0: 'a'}}), f)
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * 4096
+started = time.monotonic()
+windows = data.TrainingWindows(data.Dataset('big'), 'train', 1024, 0)
+windows.batch(0, 8)
+opened, before = time.monotonic() - started, resident()
+for i in range(200):
+    windows.batch(8 * i, 8)
+print(opened, resident() - before)
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    opened, grown = map(float, done.stdout.split())
+    assert opened < 5 and grown < 40e6, (opened, grown, done.stderr)
+
+
+# ---- damaged and hostile files -------------------------------------------------------------------------------------
+
+def test_every_kind_of_damage_is_noticed(trained, folder, capsys):
+    """Flips and cuts all over a checkpoint: none loads, none is a traceback, the file is always named."""
+    whole, chance = (trained / 'last.pt').read_bytes(), random.Random(1)
+    places = sorted({*range(64), *range(len(whole) - 200, len(whole)), *(chance.randrange(len(whole)) for _ in range(100))})
+    for place in places[::3]:
+        for kind in ('flip', 'cut'):
+            hurt = whole[:place] if kind == 'cut' else whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1:]
+            (folder / 'hurt.pt').write_bytes(hurt)
+            with pytest.raises(SystemExit) as stop:
+                checkpoint.load('hurt.pt')
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.count('\n') == 1 and 'hurt.pt' in error, (place, kind, error)
+
+
+def test_a_checkpoint_is_still_what_torch_load_reads(trained):
+    """The seal is a zip comment: torch.load and zip tools read the file as any other."""
+    import zipfile
+    assert torch.load(trained / 'last.pt', weights_only=True)['iter_num'] == 60
+    with zipfile.ZipFile(trained / 'last.pt') as z:
+        assert z.comment.startswith(b'sha256:') and z.testzip() is None
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model_args='x'), ['lacks model']), (dict(model_args={}), ['weights do not fit']),
+    (lambda c: c['model_args'].update(n_embd=10**9), ['weights do not fit']), (lambda c: c['model_args'].update(n_layer='2'), ['n_layer']),
+    (lambda c: c['model_args'].update(moe=3), ['moe']), (lambda c: c['model'].popitem(), ['weights do not fit']),
+    (lambda c: c['model'].update({'transformer.wte.weight': 3}), ['weights do not fit']),
+    (lambda c: c.update(tokenizer=dict(kind='evil')), ['tokenizer']), (lambda c: c.update(tokenizer=dict(kind='byte')), ['256 symbols']),
+    (lambda c: c['model_args'].update(vocab_size=-1), ['vocab_size'])])
+def test_checkpoints_that_lie(trained, folder, refused, change, words):
+    loaded = checkpoint.load(str(trained / 'last.pt'))
+    loaded.update(change) if isinstance(change, dict) else change(loaded)
+    checkpoint.save('lie.pt', loaded)
+    refused('sample.py', '--checkpoint=lie.pt', '--device=cpu', '--start=12', words=['lie.pt', *words])
+
+
+@pytest.mark.parametrize('key, value', [('config', dict(batch_size='many')), ('config', 3), ('config', dict(dataset='../../etc')),
+                                        ('iter_num', 'x'), ('iter_num', -3), ('optimizer', 3), ('optimizer', [{}]), ('best_val_loss', None)])
+def test_resume_from_a_checkpoint_that_lies(mini, script, refused, key, value):
+    script('train.py', *TINY, '--max_iters=2')
+    loaded = checkpoint.load('out/last.pt')
+    loaded[key] = value
+    os.remove('out/last.previous.pt')
+    checkpoint.save('out/last.pt', loaded)
+    refused('train.py', '--init_from=resume', '--device=cpu', '--dtype=float32')
+
+
+def test_pickle_bombs(folder, capsys):
+    for protocol in range(2, 6):
+        class Bomb:
+            def __reduce__(self):
+                return (os.mkdir, ('exploded',))
+        (folder / 'bomb.pt').write_bytes(pickle.dumps(Bomb(), protocol))
+        torch.save(dict(model={}, model_args={}, config=Bomb()), 'bomb2.pt')
+        for name in ('bomb.pt', 'bomb2.pt'):
+            with pytest.raises(SystemExit):
+                checkpoint.load(name)
+    assert not os.path.exists('exploded')
+
+
+# ---- downloads -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def flaky():
+    """A loopback server that breaks off, redirects in a ring, or resumes: flaky(body, plan) -> url, requests seen."""
+    import http.server
+    import threading
+    started = []
+
+    def serve(body, plan):
+        seen = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                how = plan[min(len(seen), len(plan) - 1)]
+                wanted = self.headers.get('Range')
+                seen.append(wanted)
+                if how == 'ring':
+                    self.send_response(302)
+                    self.send_header('Location', '/again')
+                    self.end_headers()
+                    return
+                first = int(wanted[6:-1]) if wanted and how != 'no ranges' else 0
+                self.send_response(206 if first else 200)
+                if first:
+                    self.send_header('Content-Range', f'bytes {first}-{len(body) - 1}/{len(body)}')
+                self.send_header('Content-Length', str(len(body) - first))
+                self.end_headers()
+                self.wfile.write(body[first:first + how] if isinstance(how, int) else body[first:])
+
+            def log_message(self, *args):
+                pass
+        httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        started.append(httpd)
+        return f'http://127.0.0.1:{httpd.server_port}/file', seen
+    yield serve
+    for httpd in started:
+        httpd.shutdown()
+
+
+def digest(body):
+    import hashlib
+    return hashlib.sha256(body).hexdigest()
+
+
+def test_download_is_taken_up_where_it_broke_off(folder, flaky, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda s: None)
+    body = random.Random(0).randbytes(300_000)
+    url, seen = flaky(body, [100_000, 50_000, 'all'])
+    data.download(url, 'file', len(body), digest(body))
+    assert (folder / 'file').read_bytes() == body and len(seen) == 3 and seen[0] is None
+    resumed = [int(wanted.removeprefix('bytes=').removesuffix('-')) for wanted in seen[1:]]
+    assert 0 < resumed[0] <= 100_000 < resumed[1] <= 150_000
+    (folder / 'other.part').write_bytes(body[:7])   # left by a process that was killed
+    url, seen = flaky(body, ['no ranges'])
+    data.download(url, 'other', len(body), digest(body))
+    assert (folder / 'other').read_bytes() == body and sorted(os.listdir()) == ['file', 'other']
+
+
+@pytest.mark.parametrize('plan', [['ring'], [10], ['all']])
+def test_failed_downloads_leave_nothing(folder, flaky, monkeypatch, plan):
+    monkeypatch.setattr('time.sleep', lambda s: None)
+    body = b'<html>' * 1000
+    url, seen = flaky(body, plan)
+    with pytest.raises(OSError):
+        data.download(url, 'file', 300_000 if plan != ['all'] else len(body), digest(b'something else'))
+    assert os.listdir() == [] and len(seen) < 200
