@@ -1,0 +1,383 @@
+"""
+Kill it, damage it, feed it garbage, and count.
+
+    python tests/torture.py --minutes=5      # as much of everything as fits
+    python tests/torture.py --minutes=60     # all of it: the figures in results/reliability.md
+
+Each line printed: what, how often, how often it held. Exit 1 if anything ever did not. Reads nothing outside a temporary
+folder, needs no network; a full disk is made real with a tmpfs where mounting is allowed.
+"""
+import contextlib
+import io
+import json
+import os
+
+os.environ['OMP_NUM_THREADS'] = '1'   # before torch: children are forked, which threads would not survive
+
+import random
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from conftest import TEXT, TINY
+
+import checkpoint
+import configurator
+import data
+
+minutes = 5.0   # time for all of it; 60 are enough for the full counts
+seed = 0        # of the instants, the places and the garbage
+TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000)   # the full counts
+SHARES = dict(kills=0.35, rank_kills=0.2, damage=0.05, garbage=0.35)   # of the time
+STEPS = 30
+
+
+def fork_script(script, flags, log, environment=()):
+    """Run a script in a forked child, torch already imported; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.environ.update(environment)
+        with open(log, 'w') as f:
+            os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+        sys.argv = [str(ROOT / script), *flags]
+        sys.modules['matplotlib'] = None   # no plots: the time goes into kills
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        with open(log, 'a') as f:
+            traceback.print_exc(file=f)
+    os._exit(code)
+
+
+def wait(pid, seconds=60):
+    """A child's exit status, -9 when it had to be killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -9
+
+
+def start(ranks, out, resume=False):
+    """One run of STEPS steps that saves at each, in `ranks` processes; returns their ids."""
+    flags = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--checkpoint_interval=1', f'--out_dir={out}',
+             '--dropout=0.1', f'--gradient_accumulation_steps={ranks}', '--eval_interval=10'] + ['--init_from=resume'] * resume
+    if ranks == 1:
+        return [fork_script('train.py', flags, f'{out}.log')]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=str(ranks))
+    return [fork_script('train.py', flags, f'{out}.{rank}.log', {**where, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+            for rank in range(ranks)]
+
+
+def state(out):
+    """What must be equal: the weights, the optimizer's state and the log but for its times."""
+    last = checkpoint.read(f'{out}/last.pt')
+    with open(f'{out}/log.csv') as f:
+        rows = [line.rsplit(',', 2)[0] for line in f]
+    return {name: p.numpy().tobytes() for name, p in last['model'].items()}, str(last['optimizer']), last['iter_num'], rows
+
+
+def kills(ranks, target, deadline, chance):
+    """Kill runs at random instants; count those with a readable checkpoint, and those that end as the uninterrupted one."""
+    began = time.monotonic()
+    assert [wait(pid) for pid in start(ranks, 'whole')] == [0] * ranks, open('whole.log').read()
+    whole, length = state('whole'), time.monotonic() - began
+    done = readable = equal = saving = 0
+    while done < target and time.monotonic() < deadline:
+        shutil.rmtree('run', ignore_errors=True)
+        pids = start(ranks, 'run')
+        time.sleep(chance.random() * length)
+        os.kill(chance.choice(pids), signal.SIGKILL)
+        for pid in pids:
+            wait(pid, 20)
+        done += 1
+        saving += os.path.exists('run/last.pt.part') or os.path.exists('run/best.pt.part')
+        have = os.path.exists('run/last.pt')
+        try:
+            readable += not have or checkpoint.read('run/last.pt')['iter_num'] >= 0   # killed before the first save: none
+            if not any(wait(pid) for pid in start(ranks, 'run', resume=have)):
+                equal += state('run') == whole
+        except checkpoint.Damaged as error:
+            print('   ', error)
+    return done, readable, equal, saving
+
+
+def damaged_copies(whole, chance):
+    """Endless (place, bytes): every class of position of a zip flipped, cut, zeroed, doubled or dropped."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as z:
+        headers = [info.header_offset + i for info in z.infolist() for i in (0, 4, 8, 14, 18, 26, 28, 30)]
+        first_data = [info.header_offset + 30 + len(info.filename) for info in z.infolist()]
+        directory = z.start_dir
+    classes = dict(headers=headers, names_and_padding=first_data, data=range(len(whole)), directory=range(directory, len(whole) - 93),
+                   end_record=range(len(whole) - 93, len(whole) - 71), seal=range(len(whole) - 71, len(whole)))
+    while True:
+        for name, places in classes.items():
+            at = chance.choice(places)
+            kind = chance.choice(('flip', 'flip', 'flip', 'cut', 'zero', 'double', 'drop'))
+            n = chance.choice((1, 1, 4, 100))
+            middle = dict(flip=bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:], cut=b'', drop=whole[at + n:],
+                          zero=bytes(n) + whole[at + n:], double=whole[at:at + n] + whole[at:])[kind]
+            if whole[:at] + middle != whole:
+                yield f'{kind} in {name}', whole[:at] + middle
+
+
+def damage(target, deadline, chance):
+    """Count damaged checkpoints that were noticed: exit 2, one line that names the file."""
+    with open('whole/last.pt', 'rb') as f:
+        copies = damaged_copies(f.read(), chance)
+    done = noticed = 0
+    while done < target and time.monotonic() < deadline:
+        what, content = next(copies)
+        with open('hurt.pt', 'wb') as f:
+            f.write(content)
+        done += 1
+        held = ends_well(lambda: checkpoint.load('hurt.pt'), must_fail=True, word='hurt.pt')
+        noticed += held is None
+        if held:
+            print('   ', what, held)
+    return done, noticed
+
+
+def ends_well(act, must_fail=False, word=''):
+    """None if act() worked, or ended as a user's mistake does; else what it did instead."""
+    out, err = io.StringIO(), io.StringIO()
+    started = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            act()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException as error:
+        return ''.join(traceback.format_exception(error))[-1500:]
+    errors = [line for line in err.getvalue().splitlines() if line.startswith('error: ')]
+    if code not in ((2,) if must_fail else (0, 2)) or code == 2 and (len(errors) != 1 or word not in errors[0]):
+        return f'exit {code}: {err.getvalue()[-500:]}'
+    if time.monotonic() - started > 20:
+        return f'took {time.monotonic() - started:.0f} s'
+    return None
+
+
+def script(name, *flags, stdin=''):
+    """Run a script in this process."""
+    sys.argv, sys.stdin = [str(ROOT / name), *flags], io.StringIO(stdin)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    try:
+        runpy.run_path(str(ROOT / name), run_name='__main__')
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+KNOBS = [line.split()[0] for line in subprocess.run([sys.executable, str(ROOT / 'train.py'), '--help'], capture_output=True, text=True)
+         .stdout.partition('knobs, as')[2].splitlines()[1:]]
+words = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=20)
+numbers = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 10**30, 1e308, -0.0, '1e999', '0x10']))
+plain = st.one_of(st.none(), st.booleans(), numbers, words, st.sampled_from(['auto', 'True', '', '[1]', '{}', '__import__("os")', '(' * 99]))
+nested = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6)
+keys = st.one_of(st.sampled_from(KNOBS), words)
+flags = st.lists(st.one_of(st.tuples(keys, plain).map(lambda kv: f'--{kv[0]}={kv[1]}'), words, keys.map('--{}'.format)), max_size=5)
+config_lines = st.lists(st.one_of(st.tuples(keys, nested).map(lambda kv: f'{kv[0]} = {kv[1]!r}'), words,
+                                  st.sampled_from(['import os', 'if device == "cpu":', '    n_layer = 2', 'raise ValueError', 'def f():',
+                                                   'n_layer += 1', 'max_iters = 1/0', 'exit()', 'batch_size = "a" * 10**6'])), max_size=6)
+
+
+def fuzz_flags(argv):
+    """Any command line at all, up to the point where train.py looks for its data."""
+    return lambda: script('train.py', *argv, '--dataset=absent', '--device=cpu', '--init_from=scratch', '--prepare=')
+
+
+def fuzz_config(lines):
+    with open('fuzz.py', 'w', encoding='utf-8', errors='replace') as f:
+        f.write('\n'.join(lines))
+    return lambda: script('train.py', 'fuzz.py', '--dataset=absent', '--device=cpu', '--init_from=scratch', '--prepare=')
+
+
+def fuzz_meta(change):
+    place, value = change
+    meta = json.loads(Path('data/mini/meta.json').read_text())
+    spot = meta
+    for key in place[:-1]:
+        spot = spot[key]
+    spot[place[-1]] = value
+    shutil.copytree('data/mini', 'data/fuzzed', dirs_exist_ok=True)
+    Path('data/fuzzed/meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    return read_fuzzed
+
+
+def read_fuzzed():
+    opened = data.Dataset('fuzzed')
+    data.TrainingWindows(opened, 'train', 8, 0).batch(0, 4)
+    next(iter(data.evaluation_batches(opened, 'val', 8, 4)))
+    opened.stand_in_banner()
+
+
+def fuzz_meta_text(text):
+    shutil.copytree('data/mini', 'data/fuzzed', dirs_exist_ok=True)
+    Path('data/fuzzed/meta.json').write_text(text, encoding='utf-8', errors='replace')
+    return read_fuzzed
+
+
+def fuzz_bin(content):
+    shutil.copytree('data/mini', 'data/fuzzed', dirs_exist_ok=True)
+    with_meta, raw = content
+    Path('data/fuzzed/train.bin').write_bytes(raw)
+    if not with_meta:   # nanoGPT's layout, with nothing to check against
+        os.remove('data/fuzzed/meta.json')
+        Path('data/fuzzed/meta.pkl').write_bytes(b'\x80\x02}q\x00X\x04\x00\x00\x00itosq\x01}q\x02(K\x00X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00bus.')
+    return read_fuzzed
+
+
+def fuzz_checkpoint(change):
+    place, value = change
+    loaded = checkpoint.read('whole/last.pt')
+    spot = loaded
+    for key in place[:-1]:
+        spot = spot[key]
+    spot[place[-1]] = value
+    os.makedirs('fuzzed', exist_ok=True)
+    for name in os.listdir('fuzzed'):
+        os.remove(f'fuzzed/{name}') if os.path.isfile(f'fuzzed/{name}') else shutil.rmtree(f'fuzzed/{name}')
+    try:
+        checkpoint.save('fuzzed/last.pt', loaded)
+    except Exception:
+        return lambda: None   # torch cannot write it, so nobody will read it
+    if place[0] in ('model', 'model_args', 'tokenizer'):
+        return lambda: script('sample.py', '--checkpoint=fuzzed/last.pt', '--device=cpu', '--max_new_tokens=2', '--start=1')
+    return lambda: script('train.py', '--init_from=resume', '--out_dir=fuzzed', '--device=cpu', '--dtype=float32', '--max_iters=31',
+                          '--dataset=mini', '--prepare=', '--sample_interval=0', '--eval_iters=1', '--wandb_log=False',
+                          '--tensorboard_log=False', '--batch_size=2', '--gradient_accumulation_steps=1', '--compile=False')
+
+
+def fuzz_prompt(asked):
+    prompt, argv = asked
+    kept = [flag for flag in argv if not flag.startswith(('--max_new', '--num', '--out_dir', '--device', '--dtype', '--compile'))]
+    return lambda: script('sample.py', '--out_dir=whole', '--device=cpu', f'--start={prompt}', *kept, '--max_new_tokens=3',
+                          '--dtype=float32', stdin=prompt)
+
+
+meta_places = st.sampled_from([('tokenizer',), ('tokenizer', 'kind'), ('tokenizer', 'chars'), ('dtype',), ('splits',), ('splits', 'train'),
+                               ('splits', 'train', 'tokens'), ('splits', 'train', 'sha256'), ('splits', 'val'), ('source',),
+                               ('source', 'stand_in'), ('source', 'reason'), ('vocab_size',), ('format',)])
+saved_places = st.sampled_from([('model_args',), ('model_args', 'n_layer'), ('model_args', 'n_embd'), ('model_args', 'vocab_size'),
+                                ('model_args', 'block_size'), ('model_args', 'pos'), ('model_args', 'extra'), ('model',),
+                                ('model', 'transformer.wte.weight'), ('model', 'extra'), ('tokenizer',), ('tokenizer', 'chars'),
+                                ('tokenizer', 'kind'), ('config',), ('config', 'n_layer'), ('config', 'learning_rate'), ('config', 'seed'),
+                                ('config', 'optimizer'), ('config', 'warmup_iters'), ('config', 'lr_decay_iters'), ('optimizer',),
+                                ('optimizer', 0), ('iter_num',), ('best_val_loss',), ('scaler',), ('seconds',), ('skipped',), ('rng',)])
+sample_flags = st.lists(st.tuples(st.sampled_from(['temperature', 'top_k', 'top_p', 'repetition_penalty', 'stop', 'seed', 'kv_cache']), plain)
+                        .map(lambda kv: f'--{kv[0]}={kv[1]}'), max_size=3)
+GARBAGE = [('command lines', 3000, flags, fuzz_flags), ('config files', 2500, config_lines, fuzz_config),
+           ('meta.json, a value', 1500, st.tuples(meta_places, nested), fuzz_meta), ('meta.json, any text', 500, words, fuzz_meta_text),
+           ('.bin files', 1000, st.tuples(st.booleans(), st.binary(max_size=200)), fuzz_bin),
+           ('checkpoints', 800, st.tuples(saved_places, nested), fuzz_checkpoint),
+           ('prompts and sampling flags', 700, st.tuples(words, sample_flags), fuzz_prompt)]
+
+
+def garbage(target, deadline):
+    """Generated bad inputs: each works, or ends with exit 2 and one line. Returns (inputs, held)."""
+    total, held, all_of_it = 0, 0, sum(count for _, count, _, _ in GARBAGE)
+    for i, (what, count, inputs, act) in enumerate(GARBAGE):
+        until = time.monotonic() + max(0.5, (deadline - time.monotonic()) * count / sum(c for _, c, _, _ in GARBAGE[i:]))
+        tally, wrong = [0, 0], []
+
+        @settings(max_examples=max(1, target * count // all_of_it), deadline=None, database=None, phases=[Phase.generate],
+                  suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(inputs)
+        def one(value, act=act, until=until, tally=tally, wrong=wrong):
+            if time.monotonic() > until:
+                return
+            problem = ends_well(act(value))
+            tally[0] += 1
+            tally[1] += problem is None
+            if problem:
+                wrong.append(f'{value!r}: {problem}')
+        one()
+        print(f'  {what}: {tally[0]:,} inputs, {tally[1]:,} worked or were refused in one line')
+        for problem in wrong[:3]:
+            print('   ', problem)
+        total, held = total + tally[0], held + tally[1]
+    return total, held
+
+
+def full_disk():
+    """A run whose disk fills up: on a tmpfs, or under a limit on the size of files. Returns how it was made, and whether it held."""
+    os.makedirs('small', exist_ok=True)
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', 'small'], capture_output=True).returncode == 0
+    try:
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        pid = fork_script('train.py', [*TINY, '--n_embd=32', '--out_dir=small/out', '--eval_interval=2'], 'full.log')
+        code, said = wait(pid), Path('full.log').read_text()
+        whole = all(checkpoint.read(f'small/out/{name}') for name in os.listdir('small/out') if name.endswith('.pt'))
+        return 'tmpfs' if mounted else 'RLIMIT_FSIZE', code == 2 and 'could not be written' in said and 'Traceback' not in said and whole
+    finally:
+        if mounted:
+            subprocess.run(['umount', 'small'], check=True)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def main():
+    chance, began, failed = random.Random(seed), time.monotonic(), []
+    cut = int(0.9 * len(TEXT))
+    tokenizer = data.CharTokenizer(TEXT)
+    data.write_dataset('data/mini', dict(train=(tokenizer.encode(TEXT[:cut]), cut), val=(tokenizer.encode(TEXT[cut:]), len(TEXT) - cut)),
+                       tokenizer, dict(name='mini', url=None, sha256='', stand_in=False))
+    print(f'torch {torch.__version__}, Python {sys.version.split()[0]}, numpy {np.__version__}, seed {seed}, {minutes:g} minutes', flush=True)
+    for what, ranks in (('kills', 1), ('rank_kills', 2)):
+        until = time.monotonic() + 60 * minutes * SHARES[what]
+        done, readable, equal, saving = kills(ranks, TARGETS[what], until, chance)
+        print(f'{ranks} rank(s), SIGKILL at a random instant: {done} runs, {saving} of them in a save; {readable} with a readable '
+              f'checkpoint, {equal} ended equal to the uninterrupted run', flush=True)
+        failed += [what] * (readable < done or equal < done)
+        if ranks == 1:
+            shutil.copytree('whole', 'kept')
+    shutil.rmtree('whole')
+    shutil.move('kept', 'whole')
+    done, noticed = damage(TARGETS['damage'], time.monotonic() + 60 * minutes * SHARES['damage'], chance)
+    print(f'damaged checkpoints: {done}, noticed and named in one line: {noticed}', flush=True)
+    failed += ['damage'] * (noticed < done)
+    how, held = full_disk()
+    print(f'full disk ({how}): {"said so, ended with 2, older checkpoint intact" if held else "FAILED"}', flush=True)
+    failed += ['full disk'] * (not held)
+    done, held = garbage(TARGETS['garbage'], time.monotonic() + 60 * minutes * SHARES['garbage'])
+    print(f'bad inputs: {done:,}, worked or refused in one line with exit 2: {held:,}', flush=True)
+    failed += ['garbage'] * (held < done)
+    print(f'{time.monotonic() - began:.0f} s; ' + (f'FAILED: {", ".join(failed)}' if failed else 'all held'))
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    configurator.configure(globals())
+    with tempfile.TemporaryDirectory() as home:
+        os.chdir(home)
+        sys.exit(main())
