@@ -126,7 +126,10 @@ def load_last(out_dir):
             fail(f'{path} {error}; type --out_dir=FOLDER for another run, or --init_from=scratch')
         say(f'{path} {error}: using {previous}, the one before it')
         loaded, path = load(previous), previous
-    kinds = dict(iter_num=int, best_val_loss=(float, int, torch.Tensor), optimizer=(list, dict), config=dict)
+    loaded.setdefault('seconds', 0.0)   # which nanoGPT does not count, nor fp16's skipped steps
+    loaded.setdefault('skipped', 0)
+    kinds = dict(iter_num=int, best_val_loss=(float, int, torch.Tensor), optimizer=(list, dict), config=dict,
+                 seconds=(float, int), skipped=int)
     for key, kind in kinds.items():
         if not isinstance(loaded.get(key), kind):
             what = type(loaded.get(key)).__name__

@@ -218,8 +218,8 @@ class Dataset:
             fail(f'{self.folder}: no {split}.bin; {self.again}')
         try:
             known = self.meta['splits'].get(split) if 'splits' in self.meta else None
-            size, hashes = known and known['tokens'] * int(self.dtype[-1]), known and dict(known['sha256'])
-        except (KeyError, TypeError, ValueError, AttributeError):
+            size, hashes = known and int(known['tokens']) * int(self.dtype[-1]), known and dict(known['sha256'])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             fail(f'{self.folder}/meta.json does not describe {split}.bin; {self.again}')
         sizes = [os.path.getsize(path) for path in paths]
         if known and (sum(sizes) != size or set(hashes) != set(map(os.path.basename, paths))):

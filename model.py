@@ -51,7 +51,7 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be {least} or more; "
                                  f"type --{name}={getattr(GPTConfig, name)} for GPT-2's")
         if self.n_embd % self.n_head:
-            nearest = min((n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0),
+            nearest = min((n for n in range(1, min(self.n_embd, 1000) + 1) if self.n_embd % n == 0),
                           key=lambda n: abs(n - self.n_head))
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal "
                              f"share of the width; type --n_head={nearest}, or another n_embd")

@@ -4,6 +4,7 @@ What a script asks of the machine: device, precision, compilation, torchrun's ra
 'auto' means: the best that works here, and `describe` says in one line what that came to.
 """
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -52,6 +53,15 @@ def cpu_has_bf16():
     """Whether this processor multiplies bf16 itself; one that emulates it is 44 to 500 times slower (pytorch #146508)."""
     probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def check_memory(parameters, tokens):
+    """Fails for a model or a micro-batch (B·T tokens) that cannot fit this machine's memory, before anything fills it up."""
+    have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else math.inf
+    for what, need, remedy in ((f'{parameters:,} parameters', 4 * parameters, 'a smaller --n_layer, --n_embd or --block_size'),
+                               (f'a micro-batch of {tokens:,} tokens', 32 * tokens, 'a smaller --batch_size or --block_size')):
+        if need > have:
+            fail(f'{what} need {need / 2**30:,.0f} GiB at the least and this machine has {have / 2**30:,.0f}; type {remedy}')
 
 
 def find_dtype(name, device):

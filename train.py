@@ -113,7 +113,7 @@ elif init_from != 'scratch':
 
 lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
               seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
-              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)
+              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)   # and what no run can reach at most
 for key, least in lowest.items():
     if not least <= knobs[key] < 2**63:
         fail(f'{key}={knobs[key]}: it must be {least} or more; type --{key}={max(least, 1)}')
@@ -138,6 +138,7 @@ try:
     GPTConfig(**{key: knobs[key] for key in shape + training})
 except ValueError as error:
     fail(error)
+runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
 if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
     fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} ranks; it counts the '
@@ -202,7 +203,7 @@ scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float1
 step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
 if resumed:
     step, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
-    seconds, skipped = resumed.get('seconds', 0.0), resumed.get('skipped', 0)
+    seconds, skipped = resumed['seconds'], resumed['skipped']
     if os.path.exists(best := os.path.join(out_dir, 'best.pt')):   # it may be newer than what is resumed
         try:
             best_val_loss = min(best_val_loss, float(checkpoint.read(best)['best_val_loss']))
@@ -231,15 +232,15 @@ if ranks > 1 and not shard:
 
 def micro_step(first, sync=True):
     """Add the gradient of batch_size windows, from number `first` on, to what the parameters hold; returns their loss."""
-    x, y = windows.batch(first, batch_size)                                                        # (B, T)
-    if device.startswith('cuda'):
-        x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
-    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     if shard:
         model.set_requires_gradient_sync(sync)
     elif ranks > 1:
         trained.require_backward_grad_sync = sync
     try:
+        x, y = windows.batch(first, batch_size)                                                    # (B, T)
+        if device.startswith('cuda'):
+            x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with runtime.autocast(device, dtype):
             _, loss = trained(x, y)
         scaler.scale(loss / micro_steps).backward()

@@ -42,9 +42,10 @@ import configurator
 import data
 
 minutes = 5.0   # time for all of it; 60 are enough for the full counts
-seed = 0        # of the instants, the places and the garbage
+seed = 0        # of the instants and the places
+only = ''       # one part alone: kills, rank_kills, damage or garbage
 TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000)   # the full counts
-SHARES = dict(kills=0.35, rank_kills=0.2, damage=0.05, garbage=0.35)   # of the time
+SHARES = dict(kills=0.4, rank_kills=0.2, damage=0.05, garbage=0.35)   # of the time
 STEPS = 30
 
 
@@ -168,7 +169,7 @@ def damage(target, deadline, chance):
 
 def ends_well(act, must_fail=False, word=''):
     """None if act() worked, or ended as a user's mistake does; else what it did instead."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding='utf-8'), io.StringIO()
     started = time.monotonic()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -177,7 +178,8 @@ def ends_well(act, must_fail=False, word=''):
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException as error:
-        return ''.join(traceback.format_exception(error))[-1500:]
+        return ' < '.join([f'{type(error).__name__}: {error}'[:200]] + [f'{Path(frame.filename).name}:{frame.lineno}' for frame in
+                                                                        traceback.extract_tb(error.__traceback__)[::-1][:4]])
     errors = [line for line in err.getvalue().splitlines() if line.startswith('error: ')]
     if code not in ((2,) if must_fail else (0, 2)) or code == 2 and (len(errors) != 1 or word not in errors[0]):
         return f'exit {code}: {err.getvalue()[-500:]}'
@@ -193,6 +195,7 @@ def script(name, *flags, stdin=''):
     try:
         runpy.run_path(str(ROOT / name), run_name='__main__')
     finally:
+        torch.set_flush_denormal(False)   # hypothesis draws the smallest numbers too
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -307,25 +310,29 @@ def garbage(target, deadline):
     total, held, all_of_it = 0, 0, sum(count for _, count, _, _ in GARBAGE)
     for i, (what, count, inputs, act) in enumerate(GARBAGE):
         until = time.monotonic() + max(0.5, (deadline - time.monotonic()) * count / sum(c for _, c, _, _ in GARBAGE[i:]))
-        tally, wrong = [0, 0], []
-
-        @settings(max_examples=max(1, target * count // all_of_it), deadline=None, database=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck), derandomize=True)
-        @given(inputs)
-        def one(value, act=act, until=until, tally=tally, wrong=wrong):
-            if time.monotonic() > until:
-                return
-            problem = ends_well(act(value))
-            tally[0] += 1
-            tally[1] += problem is None
-            if problem:
-                wrong.append(f'{value!r}: {problem}')
-        one()
-        print(f'  {what}: {tally[0]:,} inputs, {tally[1]:,} worked or were refused in one line')
-        for problem in wrong[:3]:
-            print('   ', problem)
-        total, held = total + tally[0], held + tally[1]
+        tried, wrong = try_all(inputs, act, max(1, target * count // all_of_it), until)
+        print(f'  {what}: {tried:,} inputs, {tried - len(wrong):,} worked or were refused in one line', flush=True)
+        for problem in {problem.rpartition(' => ')[2]: problem for problem in wrong}.values():   # one of each kind
+            print('   ', problem[:600])
+        total, held = total + tried, held + tried - len(wrong)
     return total, held
+
+
+def try_all(inputs, act, count, until):
+    """Up to count generated inputs, up to a time: (how many, [what went wrong])."""
+    tried, wrong = [], []
+
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate], derandomize=True,
+              suppress_health_check=list(HealthCheck))
+    @given(inputs)
+    def one(value):
+        if time.monotonic() < until:
+            tried.append(None)
+            problem = ends_well(act(value))
+            if problem:
+                wrong.append(f'{value!r} => {problem}')
+    one()
+    return len(tried), wrong
 
 
 def full_disk():
@@ -355,7 +362,7 @@ def main():
     print(f'torch {torch.__version__}, Python {sys.version.split()[0]}, numpy {np.__version__}, seed {seed}, {minutes:g} minutes', flush=True)
     for what, ranks in (('kills', 1), ('rank_kills', 2)):
         until = time.monotonic() + 60 * minutes * SHARES[what]
-        done, readable, equal, saving = kills(ranks, TARGETS[what], until, chance)
+        done, readable, equal, saving = kills(ranks, TARGETS[what] * (only in ('', what)), until, chance)
         print(f'{ranks} rank(s), SIGKILL at a random instant: {done} runs, {saving} of them in a save; {readable} with a readable '
               f'checkpoint, {equal} ended equal to the uninterrupted run', flush=True)
         failed += [what] * (readable < done or equal < done)
@@ -363,13 +370,13 @@ def main():
             shutil.copytree('whole', 'kept')
     shutil.rmtree('whole')
     shutil.move('kept', 'whole')
-    done, noticed = damage(TARGETS['damage'], time.monotonic() + 60 * minutes * SHARES['damage'], chance)
+    done, noticed = damage(TARGETS['damage'] * (only in ('', 'damage')), time.monotonic() + 60 * minutes * SHARES['damage'], chance)
     print(f'damaged checkpoints: {done}, noticed and named in one line: {noticed}', flush=True)
     failed += ['damage'] * (noticed < done)
     how, held = full_disk()
     print(f'full disk ({how}): {"said so, ended with 2, older checkpoint intact" if held else "FAILED"}', flush=True)
     failed += ['full disk'] * (not held)
-    done, held = garbage(TARGETS['garbage'], time.monotonic() + 60 * minutes * SHARES['garbage'])
+    done, held = garbage(TARGETS['garbage'] * (only in ('', 'garbage')), time.monotonic() + 60 * minutes * SHARES['garbage'])
     print(f'bad inputs: {done:,}, worked or refused in one line with exit 2: {held:,}', flush=True)
     failed += ['garbage'] * (held < done)
     print(f'{time.monotonic() - began:.0f} s; ' + (f'FAILED: {", ".join(failed)}' if failed else 'all held'))
