@@ -128,7 +128,9 @@ def load_last(out_dir):
         loaded, path = load(previous), previous
     loaded.setdefault('seconds', 0.0)   # which nanoGPT does not count, nor fp16's skipped steps
     loaded.setdefault('skipped', 0)
-    kinds = dict(iter_num=int, best_val_loss=(float, int, torch.Tensor), optimizer=(list, dict), config=dict,
+    if isinstance(loaded.get('best_val_loss'), torch.Tensor) and loaded['best_val_loss'].numel() == 1:
+        loaded['best_val_loss'] = loaded['best_val_loss'].item()   # nanoGPT's is one
+    kinds = dict(iter_num=int, best_val_loss=(float, int), optimizer=(list, dict), config=dict,
                  seconds=(float, int), skipped=int)
     for key, kind in kinds.items():
         if not isinstance(loaded.get(key), kind):
@@ -201,7 +203,10 @@ def find_tokenizer(loaded, path, model, data_dir='data'):
     else:
         config = loaded.get('config')
         name = str(config.get('dataset', '')) if isinstance(config, dict) else ''
-        find_dataset(name, data_dir)   # a name that is a path is refused
+        folder = find_dataset(name, data_dir)[0] if name else os.path.join(data_dir, '?')   # no name that is a path
+        if not os.path.isdir(folder):
+            fail(f'{path} has no tokenizer and the folder of its dataset, {folder}, is not there; type --data_dir=FOLDER for the '
+                 f'one that holds {name or "its dataset"}')
         tokenizer = Dataset(name, data_dir).tokenizer
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f'{path}: its tokenizer has {tokenizer.vocab_size:,} symbols and its model {model.config.vocab_size:,}; type '

@@ -100,7 +100,7 @@ def _run_config(path, knobs, names):
     """Run a config file with the knobs as its globals and take over what it assigned; returns those names."""
     scope = _Scope({**{k: knobs[k] for k in names}, '__name__': '__config__', '__file__': path})
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
             exec(compile(f.read(), path, 'exec'), scope)
     except Exception as error:   # whatever a user's file does wrong; its line is all they need
         frames, tb = [], error.__traceback__

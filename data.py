@@ -200,7 +200,8 @@ class Dataset:
             else:
                 self.meta, self.dtype = _nanogpt_meta(self.folder), '<u2'
             self.tokenizer = load_tokenizer(self.meta['tokenizer'])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, EOFError, MemoryError,
+                pickle.UnpicklingError) as error:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); {self.again}')
         self.vocab_size = self.tokenizer.vocab_size
         self.opened = {}   # split -> its shards, verified once
@@ -227,7 +228,9 @@ class Dataset:
                  f'where {size:,} in {len(hashes)} are expected; {self.again}')
         shards = []
         for path, n in zip(paths, sizes):
-            if n == 0 or n % int(self.dtype[-1]):
+            if n == 0:
+                fail(f'{path} is empty; {self.again}')
+            if n % int(self.dtype[-1]):
                 fail(f'{path}: {n} bytes are not a whole number of {self.dtype[-1]}-byte tokens; {self.again}')
             with open(path, 'rb') as f:
                 self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
@@ -362,5 +365,5 @@ def evaluation_batches(dataset, split, block_size, batch_size, batches=None, ran
             start = (window - (ends[shard - 1] if shard else 0)) * block_size
             piece = np.asarray(shards[shard][start:start + block_size + 1], dtype=np.int64)
             x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
-        dataset.check_range(x, dataset.folder)
+        dataset.check_range(np.maximum(x, y), dataset.folder)
         yield torch.from_numpy(x), torch.from_numpy(y)

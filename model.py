@@ -309,15 +309,17 @@ def draw(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalt
     Penalty, temperature, top_k, top_p, in the order and with the meaning transformers gives them."""
     if repetition_penalty != 1.0:   # CTRL's (arXiv 1909.05858): tokens already seen become less likely
         seen = logits.gather(1, idx)
-        logits = logits.scatter(1, idx, torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty))
+        seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+        logits = logits.scatter(1, idx, seen.clamp(-1e30, 1e30))   # an extreme penalty must not become inf - inf
     if temperature == 0:
         return logits.argmax(dim=1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=1, keepdim=True)) / max(temperature, 1e-20)   # never above 0, never 0/0
     if top_k is not None and top_k < logits.size(1):
         kept = logits.topk(top_k)   # exactly k, also on ties
         logits = torch.full_like(logits, float('-inf')).scatter(1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)   # mass of the likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float('-inf'))
+        beyond = (before >= top_p) & (before > 0)   # never the likeliest
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
     return torch.multinomial(logits.softmax(dim=1), num_samples=1, generator=generator)

@@ -5,11 +5,12 @@ Tiny Shakespeare (char-rnn's file) to token files: 90 % training, 10 % validatio
     python prepare_shakespeare.py --tokenizer=gpt2    # GPT-2's BPE -> data/shakespeare/
     python prepare_shakespeare.py --input=FILE        # a local copy instead of the download
 
-Reads the network or FILE; writes input.txt, train.bin, val.bin and meta.json. As characters: 65 symbols,
-1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966 and 36,059.
+Reads the network or FILE; writes train.bin, val.bin and meta.json, and what it downloads as input.txt.
+As characters: 65 symbols, 1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966 and 36,059.
 """
 import hashlib
 import os
+import signal
 import sys
 
 from configurator import configure, fail
@@ -27,7 +28,8 @@ SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 names = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
 if tokenizer not in names:
     fail(f'tokenizer={tokenizer!r}: allowed are {", ".join(names)}; type --tokenizer=char')
-folder, _ = find_dataset(names[tokenizer], data_dir)
+folder, ready = find_dataset(names[tokenizer], data_dir)
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; nothing half-written is left
 source = dict(name='Tiny Shakespeare', url=url, sha256=SHA256, stand_in=False)
 path = input or os.path.join(folder, 'input.txt')
 
@@ -41,7 +43,9 @@ try:
     with open(path, 'rb') as f:
         raw = f.read()
 except OSError as error:
-    if input or not stand_in:
+    if not input and not os.listdir(folder):
+        os.rmdir(folder)
+    if input or not stand_in or ready:   # a stand-in never takes the place of what is there
         fail(f'{error}; ' + ('--input takes a text file' if input else
              'type --input=FILE for a local copy of input.txt, or --stand_in to go on with another text'))
     raw = stand_in_text().encode('utf-8')

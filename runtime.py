@@ -1,7 +1,7 @@
 """
 What a script asks of the machine: device, precision, compilation, torchrun's ranks, signals.
 
-'auto' means: the best that works here, and `describe` says in one line what that came to.
+'auto' means: the best that works here, and `set_up` says in one line what that came to.
 """
 import contextlib
 import math
@@ -83,7 +83,7 @@ def find_compile(choice, device):
     """(compile or not, why). 'auto' is on for CUDA on Linux where a first small function compiles.
 
     On a processor it gains a few percent and costs tens of seconds (results/negative.md)."""
-    if choice not in ('auto', True, False):
+    if type(choice) is not bool and choice != 'auto':
         fail(f'compile={choice}: allowed are auto, True, False; type --compile=auto')
     if choice is False:
         return False, ''
@@ -253,5 +253,10 @@ class Signals:
 
     def _note(self, number, frame):
         if self.caught == number == signal.SIGINT and 'RANK' not in os.environ:   # torchrun itself repeats the first
-            raise KeyboardInterrupt   # a second Ctrl-C: at once
+            raise SystemExit(128 + number)   # a second Ctrl-C: at once
         self.caught = number
+
+    def release(self):
+        """Obey signals again, at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)

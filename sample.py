@@ -58,6 +58,8 @@ if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token
 
 if start == '-':
+    if sys.stdin is None:
+        fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
     prompt = sys.stdin.read()
 elif start.startswith('FILE:'):
     try:

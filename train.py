@@ -9,6 +9,7 @@ Train a GPT: one straight story from knobs to a finished model.
 Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
 """
 import csv
+import itertools
 import json
 import math
 import os
@@ -104,7 +105,7 @@ if runtime.agree([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))], device)
 if init_from == 'resume':
     resumed, path = checkpoint.load_last(out_dir)
     # the run goes on as it was; what is typed now wins, and what belongs to the machine is found anew
-    machine = ('init_from', 'out_dir', 'data_dir', 'eval_only', 'backend', 'device', 'dtype', 'compile')
+    machine = ('init_from', 'out_dir', 'eval_only', 'backend', 'device')
     for key, value in resumed['config'].items():
         if key in knobs and key not in given and key not in machine:
             knobs[key] = globals()[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
@@ -116,7 +117,7 @@ lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, 
               weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)   # and what no run can reach at most
 for key, least in lowest.items():
     if not least <= knobs[key] < 2**63:
-        fail(f'{key}={knobs[key]}: it must be {least} or more; type --{key}={max(least, 1)}')
+        fail(f'{key}={knobs[key]}: it must be {least} or more, and below 2^63; type --{key}={max(least, 1)}')
 if not (beta1 < 1 and beta2 < 1):
     fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
 if lr_decay_iters is not None and (type(lr_decay_iters) is not int or lr_decay_iters < 0):
@@ -130,7 +131,8 @@ shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'qkv_bias', 'tie_w
 training = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')
 if resumed:
     for key in shape:
-        if (had := resumed['model_args'].get(key, knobs[key])) != knobs[key] and key in given:
+        had = checked(key, resumed['model_args'].get(key, knobs[key]), knobs[key], f'{path}: {key}')
+        if had != knobs[key] and key in given:
             fail(f'{key}={knobs[key]}, but the run in {path} has {key}={had}, and a resumed run keeps its shape; '
                  f'type --{key}={had}, or another --out_dir for a new run')
         knobs[key] = globals()[key] = had
@@ -149,20 +151,31 @@ dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 folder, ready = find_dataset(dataset, data_dir)
 if not ready and not prepare:
     fail(f'{folder} has no train.bin and val.bin; make them first: {PREPARE.get(dataset, "see the prepare scripts")}')
+makes = next((name for name, command in PREPARE.items() if command == f'python {prepare}'), dataset)
+if not ready and makes != dataset:
+    fail(f'{folder} has no train.bin and val.bin, and prepare={prepare!r} makes {makes}; make them first: '
+         f'{PREPARE.get(dataset, "see the prepare scripts")}')
 if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+    try:
+        script, *flags = shlex.split(prepare)
+        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *flags]
+        if not os.path.isfile(command[1]):
+            raise ValueError(f'no script {script} beside train.py')
+    except ValueError as error:
+        fail(f'prepare={prepare!r}: {error}; it takes a script and its flags; type --prepare="prepare_shakespeare.py"')
     say(f'{folder} is missing: running {prepare}')
-    script, *flags = shlex.split(prepare)
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *flags]
     status = subprocess.run([*command, f'--data_dir={data_dir}', '--stand_in']).returncode
     if status or signals.caught:
         sys.exit(128 + signals.caught if signals.caught else status)
 if ranks > 1:
     dist.barrier()
+if not find_dataset(dataset, data_dir)[1]:
+    fail(f'{folder} still has no train.bin and val.bin: prepare={prepare!r} makes another dataset; type its name as --dataset')
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
 windows = TrainingWindows(data, 'train', block_size, seed)
-data.split('val')
+next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
 
 try:
     os.makedirs(out_dir, exist_ok=True)
@@ -175,11 +188,14 @@ except OSError as error:
 torch.manual_seed(seed)
 if resumed:
     model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in training})
-    if model.config.vocab_size < data.vocab_size:
-        fail(f'{path} has a vocabulary of {model.config.vocab_size:,} and {folder} one of {data.vocab_size:,}; type '
-             f'--dataset=NAME for the one it was trained on')
+    if model.config.vocab_size < data.vocab_size or resumed.get('tokenizer', data.tokenizer.state()) != data.tokenizer.state():
+        fail(f'{path} was trained with another tokenizer than that of {folder} ({model.config.vocab_size:,} and '
+             f'{data.vocab_size:,} symbols); type --dataset=NAME for the one it was trained on')
+    if resumed['iter_num'] > max_iters:
+        say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
 else:
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **{key: knobs[key] for key in shape + training}))
+model.drawable = data.vocab_size
 parameters, flops_per_token = model.num_params(), model.flops_per_token()
 model.to(device)
 shard = shard and ranks > 1
@@ -207,10 +223,11 @@ if resumed:
     if os.path.exists(best := os.path.join(out_dir, 'best.pt')):   # it may be newer than what is resumed
         try:
             best_val_loss = min(best_val_loss, float(checkpoint.read(best)['best_val_loss']))
-        except checkpoint.Damaged as error:
+        except (checkpoint.Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
             say(f'{best} {error}: the next evaluation replaces it')
             best_val_loss = math.inf
     states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
+    other = 'adamw' if optimizer == 'muon' else 'muon'
     try:
         for opt, state in zip(optimizers, states, strict=True):
             own = ('peak', 'weight_decay', 'betas')   # a rate or decay typed anew holds from here on
@@ -219,7 +236,7 @@ if resumed:
             for group, knobs_now in zip(opt.param_groups, typed):
                 group.update(knobs_now)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type the other one')
+        fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type --optimizer={other}')
     scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
     resumed = None   # its tensors would sit in memory twice
     say(f'resumed from {path} at iter {step}')
@@ -332,11 +349,11 @@ def log_row(**row):
 
 
 def logged_rows():
-    """The rows of log.csv, whole lines only: a machine that failed may have left half of one."""
+    """The rows of log.csv, whole ones only: a machine that failed may have left half of one."""
     if not os.path.exists(log_path):
         return []
     with open(log_path, newline='', encoding='utf-8', errors='replace') as f:
-        rows = list(csv.DictReader(line for line in f if line.endswith('\n')))
+        rows = list(csv.DictReader(f))
     return [row for row in rows if None not in row.values() and (row.get('iter') or '').isdigit()]
 
 
@@ -351,7 +368,11 @@ def plot_losses():
     rows = logged_rows()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
-        points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
+        try:
+            points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
+        except (KeyError, ValueError) as error:   # somebody edited it: a picture is not worth a run
+            say(f'iter {step}: no loss.png from this {log_path} ({error})')
+            break
         if points:
             axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
     axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {parameters:,} parameters')
@@ -403,17 +424,18 @@ if rank == 0 and not eval_only:
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     try:
+        if init_from == 'scratch' and os.path.exists(last_path):   # a command typed again by mistake must not cost a run
+            n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f'earlier-{n}')))
+            earlier = os.path.join(out_dir, f'earlier-{n}')
+            say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
+            os.makedirs(earlier)
+            for name in ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json'):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
         with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
             versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
             resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
             json.dump({**knobs, **resolved, 'versions': versions, 'machine': platform.platform()}, f, indent=1)
-        if init_from == 'scratch' and os.path.exists(last_path):   # a command typed again by mistake must not cost a run
-            earlier = os.path.join(out_dir, 'earlier')
-            say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
-            os.makedirs(earlier, exist_ok=True)
-            for name in ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png'):
-                if os.path.exists(os.path.join(out_dir, name)):
-                    os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
         with open(log_path + '.part', 'w', newline='') as f:
             writer = csv.DictWriter(f, columns, extrasaction='ignore')
             writer.writeheader()
@@ -424,6 +446,7 @@ if rank == 0 and not eval_only:
         fail(f'{out_dir} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
 
 if eval_only:
+    signals.release()   # there is nothing to save
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
     sys.exit(0)

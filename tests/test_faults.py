@@ -100,8 +100,11 @@ def test_a_new_run_does_not_cost_the_old_one(mini, script):
     script('train.py', *TINY)
     before = open('out/last.pt', 'rb').read()
     result = script('train.py', *TINY, '--max_iters=1')
-    assert 'moved to out/earlier' in result.err and open('out/earlier/last.pt', 'rb').read() == before
+    assert 'moved to out/earlier-1' in result.err and open('out/earlier-1/last.pt', 'rb').read() == before
     assert checkpoint.load('out/last.pt')['iter_num'] == 1 and len(read_log('out/log.csv')) == 2
+    script('train.py', *TINY, '--max_iters=2')
+    assert open('out/earlier-1/last.pt', 'rb').read() == before and checkpoint.load('out/earlier-2/last.pt')['iter_num'] == 1
+    assert json.load(open('out/earlier-2/config.json'))['max_iters'] == 1
 
 
 @pytest.mark.parametrize('knob', ['--checkpoint_interval=3', '--checkpoint_minutes=1e-9'])

@@ -78,6 +78,13 @@ def test_mistakes(refused, trained, folder, flags, words):
     refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
 
 
+@pytest.mark.parametrize('flag', ['--temperature=1e-40', '--repetition_penalty=1e-300', '--repetition_penalty=1e300', '--top_p=1e-300',
+                                  '--temperature=1e300'])
+def test_extreme_knobs_still_draw(sample, flag):
+    result = sample('--start=so', flag, '--max_new_tokens=20')
+    assert result.code == 0 and len(result.out) == 23
+
+
 def test_no_checkpoint(refused, folder):
     refused('sample.py', words=['out/best.pt', 'python train.py'])
 

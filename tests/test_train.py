@@ -410,3 +410,77 @@ def test_mfu_is_of_a_known_peak_only(monkeypatch):
                        ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce GTX 1080', None)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, n=name: n)
         assert runtime.peak_flops('cuda') == peak
+
+
+# ---- what fresh eyes found -----------------------------------------------------------------------------------------
+
+def test_prepare_never_costs_real_data(mini, refused):
+    """A dataset that is missing is not made by another one's prepare, and a stand-in never replaces what is there."""
+    os.rename('data/mini', 'data/shakespeare_char')
+    before = open('data/shakespeare_char/meta.json').read()
+    refused('train.py', *TINY, '--dataset=shakespeare', '--prepare=prepare_shakespeare.py --tokenizer=char', words=['makes shakespeare_char'])
+    refused('prepare_shakespeare.py', '--url=http://127.0.0.1:9/x', '--stand_in')
+    assert open('data/shakespeare_char/meta.json').read() == before
+    for prepare in ("'", ' ', 'nofile.py'):
+        refused('train.py', *TINY, '--dataset=nope', f'--prepare={prepare}', words=['--prepare='])
+
+
+def test_resume_on_another_vocabulary(mini, script, refused):
+    from data import CharTokenizer, write_dataset
+    script('train.py', *TINY, '--max_iters=2')
+    text = '0123456789abcdef' * 50
+    tokenizer = CharTokenizer(text)
+    write_dataset('data/other', {split: (tokenizer.encode(text), len(text)) for split in ('train', 'val')}, tokenizer,
+                  dict(name='other', url=None, sha256='', stand_in=False))
+    before = open('out/last.pt', 'rb').read()
+    refused('train.py', *TINY, '--init_from=resume', '--dataset=other', words=['another tokenizer', '--dataset'])
+    assert open('out/last.pt', 'rb').read() == before
+
+
+def test_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
+    script('train.py', *TINY, '--max_iters=2')
+    meta = json.load(open('data/mini/meta.json'))
+    del meta['splits']['val']
+    json.dump(meta, open('data/mini/meta.json', 'w'))
+    with open('data/mini/val.bin', 'r+b') as f:
+        f.truncate(2)
+    refused('train.py', *TINY, words=['val', 'use more text'])
+    assert not os.path.exists('out/earlier-1')
+
+
+def test_resume_keeps_dtype_and_data_dir(mini, script):
+    os.rename('data', 'elsewhere')
+    script('train.py', *TINY, '--max_iters=2', '--data_dir=elsewhere')
+    result = script('train.py', '--init_from=resume', '--max_iters=4', '--device=cpu')
+    assert result.code == 0 and 'dtype float32' in result.err
+
+
+@pytest.mark.parametrize('flags, words', [(['--compile=0'], ['compile=0', 'True, False']), (['--compile=1'], ['compile=1'])])
+def test_compile_is_no_number(mini, refused, flags, words):
+    refused('train.py', *TINY, *flags, words=words)
+
+
+def test_padded_vocabulary_samples_while_training(mini, script):
+    """A nanoGPT checkpoint has more rows than its tokenizer has symbols."""
+    script('train.py', *TINY, '--max_iters=2')
+    loaded = checkpoint.load('out/last.pt')
+    wte = loaded['model']['transformer.wte.weight']
+    loaded['model_args']['vocab_size'] += 9
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        loaded['model'][name] = torch.cat((wte, 40 * wte[:9]))
+    for tensors in loaded['optimizer'][0]['state'].values():
+        for key, value in tensors.items():
+            if value.shape == wte.shape:
+                tensors[key] = torch.cat((value, value[:9]))
+    loaded['best_val_loss'] = torch.tensor(loaded['best_val_loss'])
+    checkpoint.save('out/last.pt', loaded)
+    assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4', '--sample_interval=1').code == 0
+
+
+def test_edited_log_does_not_stop_a_run(mini, script):
+    script('train.py', *TINY, '--max_iters=5')
+    lines = open('out/log.csv').read().splitlines()
+    lines[2] = lines[2].replace(lines[2].split(',')[2], 'edited')
+    open('out/log.csv', 'w').write('\n'.join(lines) + '\n')
+    result = script('train.py', *TINY, '--init_from=resume')
+    assert result.code == 0 and 'no loss.png' in result.err
