@@ -205,8 +205,8 @@ def find_tokenizer(loaded, path, model, data_dir='data'):
         name = str(config.get('dataset', '')) if isinstance(config, dict) else ''
         folder = find_dataset(name, data_dir)[0] if name else os.path.join(data_dir, '?')   # no name that is a path
         if not os.path.isdir(folder):
-            fail(f'{path} has no tokenizer and the folder of its dataset, {folder}, is not there; type --data_dir=FOLDER for the '
-                 f'one that holds {name or "its dataset"}')
+            fail(f'{path} has no tokenizer and the folder of its dataset, {folder}, is not there; type --data_dir=FOLDER for '
+                 f'the one that holds {name or "its dataset"}')
         tokenizer = Dataset(name, data_dir).tokenizer
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f'{path}: its tokenizer has {tokenizer.vocab_size:,} symbols and its model {model.config.vocab_size:,}; type '
