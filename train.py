@@ -210,6 +210,8 @@ for group in groups:
     group['params'] = [p for p in group['params'] if id(p) not in muons]
 optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device != 'mps')]
 if sliced:
+    if device == 'cpu' and not runtime.cpu_has_bf16():
+        runtime.muon_in_fp32()
     optimizers.append(torch.optim.Muon([p for _, _, p in sliced], lr=muon_learning_rate, weight_decay=weight_decay))
 for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate)):
     for group in opt.param_groups:

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -156,6 +157,56 @@ def test_killed_rank_is_restarted(mini):
     assert run.wait(120) == 0, ''.join(said)
     assert any('resumed from out/last.pt' in line for line in said)
     assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_two_agents(mini):
+    """Two torchrun agents on loopback; one of the ranks is killed; both agents start again, and go on from last.pt."""
+    common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=40',
+              '--lr_decay_iters=40']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    subprocess.run([sys.executable, *TORCHRUN, *common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=120)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=2', '--rdzv_backend=c10d',
+             f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=1', '--local_addr=127.0.0.1']
+    runs = [subprocess.Popen([*agent, *common], stderr=open(f'agent{i}.log', 'w'), env=environment) for i in range(2)]
+    deadline, killed = time.monotonic() + 100, False
+    while any(run.poll() is None for run in runs) and time.monotonic() < deadline:
+        said = ''.join(open(f'agent{i}.log').read() for i in range(2))
+        if not killed and 'iter 10: loss' in said:
+            workers = [subprocess.run(['ps', '-o', 'pid=', '--ppid', str(run.pid)], capture_output=True, text=True).stdout.split() for run in runs]
+            os.kill(int(workers[1][-1]), signal.SIGKILL)
+            killed = True
+        time.sleep(0.1)
+    for run in runs:
+        run.kill()
+    said = ''.join(open(f'agent{i}.log').read() for i in range(2))
+    assert killed and [run.wait() for run in runs] == [0, 0], said
+    assert 'resumed from out/last.pt' in said
+    assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+
+
+def test_ranks_agree_on_the_step_of_a_signal(mini):
+    """SIGTERM to torchrun, as a scheduler sends it: all ranks end after the same step, saved, and the run goes on from there."""
+    common = [sys.executable, *TORCHRUN, str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--eval_interval=100000']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    run = subprocess.Popen([*common, '--max_iters=100000', '--decay_lr=False'], stderr=subprocess.PIPE, text=True, env=environment)
+    watchdog = threading.Timer(60, run.kill)
+    watchdog.start()
+    said = []
+    for line in run.stderr:
+        said.append(line)
+        if line.startswith('iter 30: loss'):
+            run.send_signal(signal.SIGTERM)
+    watchdog.cancel()
+    run.wait(60)
+    assert any('signal 15: saved out/last.pt' in line for line in said), ''.join(said)
+    step = checkpoint.load('out/last.pt')['iter_num']
+    assert step > 30 and len(read_log('out/log.csv')) == step
+    again = subprocess.run([*common, '--max_iters=100000', '--init_from=resume', f'--max_iters={step + 2}', '--decay_lr=False'], env=environment,
+                           capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and [int(row['iter']) for row in read_log('out/log.csv')] == list(range(step + 3)), again.stderr
 
 
 def test_one_ranks_error_ends_all(mini, process):

@@ -127,6 +127,22 @@ def test_muon_does_what_torch_does_to_separate_matrices(mini, script):
                 assert torch.allclose(alone.detach(), new, atol=1e-6), name
 
 
+def test_muon_without_bf16_hardware(mini, script, monkeypatch):
+    """The same iteration in fp32: torch's bf16 result within bf16's rounding, and the singular values it promises."""
+    module = sys.modules['torch.optim._muon']
+    theirs = module._zeropower_via_newtonschulz
+    monkeypatch.setattr(module, '_zeropower_via_newtonschulz', theirs)   # put back at the end
+    monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: False)
+    assert script('train.py', *TINY, '--optimizer=muon').code == 0
+    ours = module._zeropower_via_newtonschulz
+    assert ours is not theirs
+    for size in ((16, 16), (64, 16), (16, 64)):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        a, b = (f(x, (3.4445, -4.7750, 2.0315), 5, 1e-7) for f in (ours, theirs))
+        assert a.dtype == torch.float32 and a.shape == x.shape and torch.allclose(a, b.float(), atol=0.05)
+        assert 0.5 < torch.linalg.svdvals(a).min() and torch.linalg.svdvals(a).max() < 1.3
+
+
 def test_tensorboard(mini, script):
     pytest.importorskip('tensorboard')
     assert script('train.py', *TINY, '--tensorboard_log').code == 0
@@ -208,16 +224,17 @@ def test_accumulation_equals_a_larger_batch(mini, script):
             assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
 
 
-def test_two_processes_equal_one(mini, process):
+@pytest.mark.parametrize('ranks', [3])
+def test_several_processes_equal_one(mini, script, process, ranks):
     """torchrun with gloo on the CPU: the same losses from the same global batch."""
-    common = [*TINY, '--gradient_accumulation_steps=2', '--max_iters=5', '--eval_iters=1000']
-    assert process('train.py', *common, '--out_dir=one').returncode == 0
-    done = process('train.py', *common, '--out_dir=two', launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+    common = [*TINY, '--gradient_accumulation_steps=6', '--max_iters=5', '--eval_iters=1000']
+    script('train.py', *common, '--out_dir=one')
+    done = process('train.py', *common, '--out_dir=many', launcher=['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'])
     assert done.returncode == 0, done.stderr
-    for a, b in zip(read_log('one/log.csv'), read_log('two/log.csv'), strict=True):
+    for a, b in zip(read_log('one/log.csv'), read_log('many/log.csv'), strict=True):
         for key in ('train_loss', 'val_loss', 'grad_norm'):
             assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
-    assert not any(name.startswith('module') for name in weights('two/last.pt'))
+    assert not any(name.startswith('module') for name in weights('many/last.pt'))
 
 
 def test_accumulation_not_divisible_by_ranks(mini, process):
