@@ -123,7 +123,7 @@ def test_sigkill_and_resume(mini):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     subprocess.run([*common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=60)
     chance, started = random.Random(0), False
-    for _ in range(3):
+    for _ in range(2):
         run = subprocess.Popen([*common, '--init_from=resume'] if started else common, stderr=subprocess.PIPE, text=True, env=environment)
         for line in run.stderr:
             if line.startswith('iter ') and ': loss' in line:
@@ -334,7 +334,7 @@ started = time.monotonic()
 windows = data.TrainingWindows(data.Dataset('big'), 'train', 1024, 0)
 windows.batch(0, 8)
 opened, before = time.monotonic() - started, resident()
-for i in range(200):
+for i in range(100):
     windows.batch(8 * i, 8)
 print(opened, resident() - before)
 '''
