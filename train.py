@@ -114,7 +114,7 @@ elif init_from != 'scratch':
 
 lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
               seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
-              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)   # and what no run can reach at most
+              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)
 for key, least in lowest.items():
     if not least <= knobs[key] < 2**63:
         fail(f'{key}={knobs[key]}: it must be {least} or more, and below 2^63; type --{key}={max(least, 1)}')

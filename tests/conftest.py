@@ -4,7 +4,6 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and torchrun's ranks share the cores
 
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +125,14 @@ def read_log(path):
         return list(csv.DictReader(f))
 
 
-def copy_run(trained, to):
-    shutil.copytree(trained, to)
-    return to
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(path):
+    return [{key: row[key] for key in row if key not in ('tok_per_s', 'seconds')} for row in read_log(path)]

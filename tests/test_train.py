@@ -9,23 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, read_log
+from conftest import ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
 
 import checkpoint
 import runtime
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)['model']
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def without_times(path):
-    return [{key: row[key] for key in row if key not in ('tok_per_s', 'seconds')} for row in read_log(path)]
 
 
 def flags(**knobs):
