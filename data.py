@@ -14,6 +14,8 @@ import os
 import pickle
 import re
 import time
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -149,6 +151,24 @@ def download(url, path, size, sha256, tries=4):
     if os.path.exists(part):
         os.remove(part)
     raise OSError(f'{type(reason).__name__}: {str(reason)[:300]}')
+
+
+def unzip(path, member, size):
+    """The bytes of one member of a zip file, which must be exactly `size` of them; nothing else in it is looked at and
+    nothing is written, so a path that climbs out of the folder has nowhere to go. Raises OSError with the reason."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(member)
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):   # the others unpack without a bound
+                raise ValueError(f'compression method {info.compress_type}')
+            with archive.open(info) as f:
+                raw = f.read(size + 1)   # so that it meets the end, where the checksum is verified
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error,
+            zipfile.BadZipFile) as error:
+        raise OSError(f'{path} is not the zip file expected: {str(error)[:300] or type(error).__name__}') from error
+    if len(raw) != size:
+        raise OSError(f'{path} is not the zip file expected: {member} has not {size:,} bytes')
+    return raw
 
 
 def stand_in_text():

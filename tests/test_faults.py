@@ -11,6 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from conftest import ROOT, TINY, read_log, same_weights, without_times
 
 import checkpoint
 import data
+from data import unzip
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -460,3 +464,87 @@ def test_failed_downloads_leave_nothing(folder, flaky, monkeypatch, plan):
     with pytest.raises(OSError):
         data.download(url, 'file', 300_000 if plan != ['all'] else len(body), digest(b'something else'))
     assert os.listdir() == [] and len(seen) < 200
+
+
+# ---- zip files -----------------------------------------------------------------------------------------------------
+
+BOOK = b'the quick brown fox ' * 500
+
+
+def zipped(path, *members, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, 'w', compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return Path(path)
+
+
+def patch_sizes(path, size):
+    """Let every header of the zip claim `size` bytes for its member."""
+    raw = bytearray(path.read_bytes())
+    for signature, offset in ((b'PK\3\4', 22), (b'PK\1\2', 24)):
+        at = -1
+        while (at := raw.find(signature, at + 1)) >= 0:
+            raw[at + offset:at + offset + 4] = size.to_bytes(4, 'little')
+    path.write_bytes(raw)
+
+
+def test_unzip_takes_the_one_member_and_writes_nothing(folder):
+    (folder / 'inner').mkdir()
+    zipped('inner/a.zip', ('../climbed', b'out'), ('/tmp/absolute-climbed', b'out'), ('book', BOOK), ('other', b'x' * 999))
+    assert unzip('inner/a.zip', 'book', len(BOOK)) == BOOK
+    assert sorted(str(p) for p in folder.rglob('*')) == [str(folder / 'inner'), str(folder / 'inner' / 'a.zip')]
+    assert not Path('/tmp/absolute-climbed').exists()
+
+
+@pytest.mark.parametrize('harm', ['missing', 'too long', 'too short', 'claims less', 'claims more', 'lzma', 'no zip', 'no file', 'empty',
+                                  'encrypted', 'wrong offset'])
+def test_unzip_refuses(folder, harm):
+    size = len(BOOK)
+    if harm != 'no file':
+        path = zipped('a.zip', ('another' if harm == 'missing' else 'book', BOOK * (1 + (harm == 'too long'))),
+                      compression=zipfile.ZIP_LZMA if harm == 'lzma' else zipfile.ZIP_DEFLATED)
+    if harm == 'too short':
+        size += 1
+    elif harm.startswith('claims'):
+        size += 7 if harm == 'claims more' else -7
+        patch_sizes(path, size)
+    elif harm == 'no zip':
+        path.write_bytes(b'<html>404</html>' * 100)
+    elif harm == 'empty':
+        path.write_bytes(b'')
+    elif harm == 'encrypted':
+        raw = bytearray(path.read_bytes())
+        raw[raw.find(b'PK\1\2') + 8] |= 1
+        path.write_bytes(raw)
+    elif harm == 'wrong offset':
+        raw = bytearray(path.read_bytes())
+        raw[raw.find(b'PK\1\2') + 42:raw.find(b'PK\1\2') + 46] = (len(raw) - 5).to_bytes(4, 'little')
+        path.write_bytes(raw)
+    with pytest.raises(OSError, match=r'a\.zip'):
+        unzip('a.zip', 'book', size)
+
+
+def test_unzip_of_a_bomb_stays_small(folder):
+    """A gigabyte that packs into a megabyte is read no further than the size expected."""
+    zipped('bomb.zip', ('book', bytes(1 << 30)))
+    tracemalloc.start()
+    with pytest.raises(OSError, match='has not'):
+        unzip('bomb.zip', 'book', 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22, peak
+
+
+def test_unzip_of_damaged_files(folder):
+    """One byte changed anywhere: the right bytes, or OSError, and nothing else."""
+    path = zipped('a.zip', ('book', BOOK))
+    whole, refusals = path.read_bytes(), 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            assert unzip('a.zip', 'book', len(BOOK)) == BOOK
+        except OSError:
+            refusals += 1
+    assert refusals > len(whole) // 3
