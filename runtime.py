@@ -3,6 +3,7 @@ What a script asks of the machine: device, precision, compilation, torchrun's ra
 
 'auto' means: the best that works here, and `set_up` says in one line what that came to.
 """
+import atexit
 import contextlib
 import math
 import os
@@ -191,6 +192,19 @@ def _fresh_store(rank, ranks):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+def leave(code):
+    """End this process with an exit code; under torchrun all ranks together, and without taking Python down around torch's
+    threads: now and then one of them is caught in that, and a rank that has done its work ends with SIGABRT."""
+    if dist.is_initialized():
+        dist.barrier()   # a rank that leaves while others work can bring them down
+        dist.destroy_process_group()
+        atexit._run_exitfuncs()   # trackers send their last rows there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def total(values, device):

@@ -451,7 +451,7 @@ if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
-    sys.exit(0)
+    runtime.leave(0)
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
         started = time.perf_counter()
@@ -548,9 +548,6 @@ while True:
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
         f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
-if ranks > 1:
-    dist.barrier()   # a rank that leaves while others work can bring them down
-    dist.destroy_process_group()
 if not saved:
     fail(f'{last_path} could not be written at the end, and holds an earlier step; make room and type --init_from=resume')
-sys.exit(128 + caught if caught else 0)
+runtime.leave(128 + caught if caught else 0)
