@@ -73,6 +73,16 @@ def process():
 
 
 @pytest.fixture
+def forked():
+    """forked([2, 'train.py', *flags], [1, 'train.py', *flags]) runs scripts in turn, as that many ranks each (forked.py)."""
+    def run(*commands):
+        words = [str(word) for command in commands for word in ('--then', *command)]
+        done = subprocess.run([sys.executable, str(ROOT / 'tests' / 'forked.py'), *words[1:]], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)

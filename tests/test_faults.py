@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -29,12 +30,11 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 # ---- killed at any instant -----------------------------------------------------------------------------------------
 
-def test_two_ranks_resume_exactly(mini, process):
-    common = [*TINY, '--gradient_accumulation_steps=2', '--dropout=0.1', '--optimizer=muon', '--dtype=bfloat16', '--max_iters=6',
+def test_two_ranks_resume_exactly(mini, forked):
+    common = ['train.py', *TINY, '--gradient_accumulation_steps=2', '--dropout=0.1', '--optimizer=muon', '--dtype=bfloat16', '--max_iters=6',
               '--lr_decay_iters=6', '--eval_interval=3']
-    assert process('train.py', *common, '--out_dir=whole', launcher=TORCHRUN).returncode == 0
-    assert process('train.py', *common, '--out_dir=parts', '--max_iters=3', launcher=TORCHRUN).returncode == 0
-    assert process('train.py', *common, '--out_dir=parts', '--init_from=resume', launcher=TORCHRUN).returncode == 0
+    forked([2, *common, '--out_dir=whole'], [2, *common, '--out_dir=parts', '--max_iters=3'],
+           [2, *common, '--out_dir=parts', '--init_from=resume'])
     assert same_weights('whole/last.pt', 'parts/last.pt') and without_times('whole/log.csv') == without_times('parts/log.csv')
 
 
@@ -108,40 +108,28 @@ def test_saving_in_between(mini, script, knob):
     assert steps == ([0, 3, 6, 9, 10] if 'interval' in knob else list(range(11)))
 
 
-def test_sigkill_and_resume(mini):
-    """A few runs killed at random instants, a save at every step: always loadable, always the uninterrupted weights."""
-    common = [sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=40', '--lr_decay_iters=40', '--checkpoint_interval=1']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    subprocess.run([*common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=60)
-    chance, started = random.Random(0), False
-    for _ in range(2):
-        run = subprocess.Popen([*common, '--init_from=resume'] if started else common, stderr=subprocess.PIPE, text=True, env=environment)
-        for line in run.stderr:
-            if line.startswith('iter ') and ': loss' in line:
-                time.sleep(chance.random() * 0.3)
-                break
-        run.kill()
-        run.communicate()
-        started = os.path.exists('out/last.pt')
-        if started:
-            checkpoint.load('out/last.pt')
-    subprocess.run([*common, '--init_from=resume'], env=environment, capture_output=True, check=True, timeout=60)
-    assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
+def test_torture_in_short(folder):
+    """tests/torture.py with every part of it: kills, of one process and of two ranks, damage, a full disk, bad inputs."""
+    done = subprocess.run([sys.executable, str(ROOT / 'tests' / 'torture.py'), '--minutes=0.1', '--seed=1'], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0 and 'all held' in done.stdout, done.stdout + done.stderr
+    counts = [int(n.replace(',', '')) for n in re.findall(r'^(?:\d rank.*?: |damaged checkpoints: |bad inputs: )([\d,]+)', done.stdout, re.M)]
+    assert len(counts) == 4 and min(counts[:2]) >= 1 and min(counts[2:]) >= 20, done.stdout
 
 
-def test_killed_rank_is_restarted(mini):
+def test_killed_rank_is_restarted(mini, forked):
     """torchrun --max-restarts after a kill -9 of one rank: goes on from last.pt, ends equal to the uninterrupted run."""
-    common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=60',
-              '--lr_decay_iters=60']
+    common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=40',
+              '--lr_decay_iters=40']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    subprocess.run([sys.executable, *TORCHRUN, *common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=120)
+    forked([2, 'train.py', *common[1:], '--out_dir=whole'])
     run = subprocess.Popen([sys.executable, *TORCHRUN, '--max-restarts=2', *common], stderr=subprocess.PIPE, text=True, env=environment)
     said = []
     watchdog = threading.Timer(90, run.kill)   # a hang is a failure, not a wait
     watchdog.start()
     for line in run.stderr:
         said.append(line)
-        if line.startswith('iter 20: loss') and not any('resumed' in line for line in said):
+        if line.startswith('iter 15: loss') and not any('resumed' in line for line in said):
             children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(run.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(children[-1]), signal.SIGKILL)
     watchdog.cancel()
@@ -150,12 +138,12 @@ def test_killed_rank_is_restarted(mini):
     assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
 
 
-def test_two_agents(mini):
+def test_two_agents(mini, forked):
     """Two torchrun agents on loopback; one of the ranks is killed; both agents start again, and go on from last.pt."""
     common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=40',
               '--lr_decay_iters=40']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    subprocess.run([sys.executable, *TORCHRUN, *common, '--out_dir=whole'], env=environment, capture_output=True, check=True, timeout=120)
+    forked([2, 'train.py', *common[1:], '--out_dir=whole'])
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -220,21 +208,17 @@ def test_one_ranks_error_ends_all(mini, process):
     assert time.monotonic() - started < 40
 
 
-def test_shards_train_and_load_anywhere(mini, process, script):
-    """shard=True: the same losses as one process, and its checkpoint is one file that one process resumes from."""
-    common = [*TINY, '--gradient_accumulation_steps=6', '--max_iters=4', '--lr_decay_iters=8', '--eval_interval=2', '--sample_interval=4']
-    done = process('train.py', *common, '--shard', '--out_dir=sharded', launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    script('train.py', *common, '--out_dir=one')
-    for a, b in zip(read_log('one/log.csv'), read_log('sharded/log.csv'), strict=True):
+def test_shards_train_and_load_anywhere(mini, forked):
+    """shard=True: the same losses as one process, and its checkpoint is one file that one process resumes from, and back."""
+    common = ['train.py', *TINY, '--gradient_accumulation_steps=6', '--max_iters=4', '--lr_decay_iters=8', '--eval_interval=2', '--sample_interval=4']
+    on = [*common, '--init_from=resume', '--max_iters=8']
+    forked([2, *common, '--shard', '--out_dir=shard-one'], [1, *common, '--out_dir=one-shard'],
+           [1, *on, '--out_dir=shard-one'], [2, *on, '--shard', '--out_dir=one-shard'])
+    a, b = read_log('shard-one/log.csv'), read_log('one-shard/log.csv')
+    assert [int(row['iter']) for row in a] == list(range(9))
+    for one, other in zip(a, b, strict=True):
         for key in ('train_loss', 'val_loss', 'grad_norm'):
-            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
-    for out, launcher in (('sharded', []), ('one', TORCHRUN)):   # there and back
-        flags = [*common, f'--out_dir={out}', '--init_from=resume', '--max_iters=8']
-        done = process('train.py', *flags, *['--shard'] * bool(launcher), launcher=launcher)
-        assert done.returncode == 0, done.stderr
-    for a, b in zip(read_log('one/log.csv'), read_log('sharded/log.csv'), strict=True):
-        assert (a['train_loss'] == b['train_loss'] == '') or float(a['train_loss']) == pytest.approx(float(b['train_loss']), abs=1e-5)
+            assert (one[key] == other[key] == '') or float(one[key]) == pytest.approx(float(other[key]), abs=1e-5)
 
 
 # ---- full disks and lost folders -----------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,12 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import TEXT, TINY
+from forked import ROOT, fork_ranks, fork_script, wait
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from conftest import TEXT, TINY
 
 import checkpoint
 import configurator
@@ -49,53 +46,11 @@ SHARES = dict(kills=0.4, rank_kills=0.2, damage=0.05, garbage=0.35)   # of the t
 STEPS = 30
 
 
-def fork_script(script, flags, log, environment=()):
-    """Run a script in a forked child, torch already imported; returns its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        os.environ.update(environment)
-        with open(log, 'w') as f:
-            os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
-        sys.argv = [str(ROOT / script), *flags]
-        sys.modules['matplotlib'] = None   # no plots: the time goes into kills
-        runpy.run_path(str(ROOT / script), run_name='__main__')
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        with open(log, 'a') as f:
-            traceback.print_exc(file=f)
-    os._exit(code)
-
-
-def wait(pid, seconds=60):
-    """A child's exit status, -9 when it had to be killed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -9
-
-
 def start(ranks, out, resume=False):
     """One run of STEPS steps that saves at each, in `ranks` processes; returns their ids."""
-    flags = [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--checkpoint_interval=1', f'--out_dir={out}',
-             '--dropout=0.1', f'--gradient_accumulation_steps={ranks}', '--eval_interval=10'] + ['--init_from=resume'] * resume
-    if ranks == 1:
-        return [fork_script('train.py', flags, f'{out}.log')]
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=str(ranks))
-    return [fork_script('train.py', flags, f'{out}.{rank}.log', {**where, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
-            for rank in range(ranks)]
+    return fork_ranks(ranks, 'train.py', [*TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--checkpoint_interval=1',
+                                          f'--out_dir={out}', '--dropout=0.1', f'--gradient_accumulation_steps={ranks}',
+                                          '--eval_interval=10'] + ['--init_from=resume'] * resume, log=f'{out}.log')
 
 
 def state(out):
@@ -112,7 +67,7 @@ def kills(ranks, target, deadline, chance):
     assert [wait(pid) for pid in start(ranks, 'whole')] == [0] * ranks, open('whole.log').read()
     whole, length = state('whole'), time.monotonic() - began
     done = readable = equal = saving = 0
-    while done < target and time.monotonic() < deadline:
+    while done < target and (done == 0 or time.monotonic() < deadline):
         shutil.rmtree('run', ignore_errors=True)
         pids = start(ranks, 'run')
         time.sleep(chance.random() * length)
@@ -190,18 +145,21 @@ def ends_well(act, must_fail=False, word=''):
 
 def script(name, *flags, stdin=''):
     """Run a script in this process."""
-    sys.argv, sys.stdin = [str(ROOT / name), *flags], io.StringIO(stdin)
+    argv, sys.argv, sys.stdin = sys.argv, [str(ROOT / name), *flags], io.StringIO(stdin)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     try:
         runpy.run_path(str(ROOT / name), run_name='__main__')
     finally:
+        sys.argv = argv
         torch.set_flush_denormal(False)   # hypothesis draws the smallest numbers too
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-KNOBS = [line.split()[0] for line in subprocess.run([sys.executable, str(ROOT / 'train.py'), '--help'], capture_output=True, text=True)
-         .stdout.partition('knobs, as')[2].splitlines()[1:]]
+with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+    script('train.py', '--help')
+KNOBS = [line.split()[0] for line in shown.getvalue().partition('knobs, as')[2].splitlines()[1:]]
+assert 'learning_rate' in KNOBS
 words = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=20)
 numbers = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 10**30, 1e308, -0.0, '1e999', '0x10']))
 plain = st.one_of(st.none(), st.booleans(), numbers, words, st.sampled_from(['auto', 'True', '', '[1]', '{}', '__import__("os")', '(' * 99]))
@@ -326,12 +284,17 @@ def try_all(inputs, act, count, until):
               suppress_health_check=list(HealthCheck))
     @given(inputs)
     def one(value):
+        if time.monotonic() > until:
+            raise KeyboardInterrupt   # the one thing that hypothesis stops at
+        tried.append(None)
+        problem = ends_well(act(value))
+        if problem:
+            wrong.append(f'{value!r} => {problem}')
+    try:
+        one()
+    except KeyboardInterrupt:
         if time.monotonic() < until:
-            tried.append(None)
-            problem = ends_well(act(value))
-            if problem:
-                wrong.append(f'{value!r} => {problem}')
-    one()
+            raise
     return len(tried), wrong
 
 
