@@ -8,7 +8,9 @@ config (the knobs) and rng (of rank 0, for the record: train.py seeds every step
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
 import hashlib
+import math
 import os
+import pickle
 import warnings
 from dataclasses import fields
 
@@ -117,27 +119,32 @@ def load(path):
 
 def load_last(out_dir):
     """(checkpoint, path) to resume from: last.pt, or, with a line saying so, its predecessor when last.pt is damaged."""
-    path = find(out_dir, names=('last.pt', 'last.previous.pt', 'ckpt.pt'))
-    previous = os.path.join(out_dir, 'last.previous.pt')
-    try:
-        loaded = read(path)
-    except Damaged as error:
-        if path == previous or not os.path.isfile(previous):
-            fail(f'{path} {error}; type --out_dir=FOLDER for another run, or --init_from=scratch')
-        say(f'{path} {error}: using {previous}, the one before it')
-        loaded, path = load(previous), previous
+    loaded, reasons = None, []
+    for path in (os.path.join(out_dir, name) for name in ('last.pt', 'last.previous.pt', 'ckpt.pt')):
+        if os.path.isfile(path):
+            try:
+                loaded = read(path)
+                break
+            except Damaged as error:
+                reasons.append(f'{path} {error}')
+        elif path.endswith('last.pt'):
+            reasons.append(f'{path} is not there')
+    other = 'type --out_dir=FOLDER for the run to resume, or --init_from=scratch for a new one'
+    if loaded is None:
+        fail(f'no checkpoint to resume: {"; ".join(reasons)}; {other}')
+    if reasons and not path.endswith('ckpt.pt'):
+        say(f'{"; ".join(reasons)}: using {path}, the one before it')
     loaded.setdefault('seconds', 0.0)   # which nanoGPT does not count, nor fp16's skipped steps
     loaded.setdefault('skipped', 0)
     if isinstance(loaded.get('best_val_loss'), torch.Tensor) and loaded['best_val_loss'].numel() == 1:
         loaded['best_val_loss'] = loaded['best_val_loss'].item()   # nanoGPT's is one
-    kinds = dict(iter_num=int, best_val_loss=(float, int), optimizer=(list, dict), config=dict,
-                 seconds=(float, int), skipped=int)
+    kinds = dict(iter_num=int, best_val_loss=(float, int), optimizer=(list, dict), config=dict, seconds=(float, int),
+                 skipped=int)
     for key, kind in kinds.items():
-        if not isinstance(loaded.get(key), kind):
-            what = type(loaded.get(key)).__name__
-            fail(f'{path} cannot be resumed from: its {key} is of type {what}; type --out_dir=FOLDER for another')
-    if loaded['iter_num'] < 0:
-        fail(f'{path} cannot be resumed from: its iter_num is {loaded["iter_num"]}; type --out_dir=FOLDER for another')
+        value = loaded.get(key)
+        if not isinstance(value, kind) or isinstance(value, (int, float)) and not (
+                0 <= value < 2**53 or value == math.inf and key == 'best_val_loss'):
+            fail(f'{path} cannot be resumed from: its {key} is missing or impossible; {other}')
     return loaded, path
 
 
@@ -158,6 +165,8 @@ def read(path):
         raise
     except Exception as error:   # a damaged file can make its reader raise anything
         reason = str(error).strip().splitlines() or ['']
+        if isinstance(error, pickle.UnpicklingError):   # torch's own words are of weights_only and its history
+            reason = ['it holds more than tensors and plain values, and nothing in it is run']
         raise Damaged(f'cannot be read as a checkpoint, it is damaged or none of ours ({type(error).__name__}: '
                       f'{reason[0][:120]})') from None
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ('model', 'model_args')):
@@ -180,6 +189,10 @@ def build_model(loaded, path, **overrides):
     weights = {str(name).removeprefix('module.').removeprefix('_orig_mod.'): p for name, p in loaded['model'].items()}
     weights = {name: p for name, p in weights.items() if not name.endswith('.attn.bias')}
     try:
+        if args.get('n_layer', 0) > len(weights):   # before its blocks are made one by one
+            raise ValueError(f'n_layer={args["n_layer"]}, and there are {len(weights)} tensors')
+        if not all(torch.isfinite(p).all() for p in weights.values() if isinstance(p, torch.Tensor)):
+            raise ValueError('some of them are not finite')
         with torch.device('meta'):   # nothing is allocated for a shape that the weights do not have
             expected = GPT(GPTConfig(**args)).state_dict()
         for name in {**expected, **weights}:

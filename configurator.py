@@ -102,7 +102,7 @@ def _run_config(path, knobs, names):
     try:
         with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
             exec(compile(f.read(), path, 'exec'), scope)
-    except Exception as error:   # whatever a user's file does wrong; its line is all they need
+    except (Exception, SystemExit) as error:   # whatever a user's file does wrong; its line is all they need
         frames, tb = [], error.__traceback__
         while tb:
             frames.append(tb)
@@ -115,7 +115,7 @@ def _run_config(path, knobs, names):
             continue
         if key not in names:
             fail(_unknown(f'{path}: {key}', key, names) + ' (names of its own start with _)')
-        knobs[key] = checked(key, value, names[key], f'{path}: {key}={value!r}')
+        knobs[key] = checked(key, value, names[key], f'{path}: {key}={_shown(value)}')
     return scope.assigned & names.keys()
 
 
@@ -134,16 +134,23 @@ def checked(key, value, default, where):
     """value, as the type of the knob's default; fails for another type. 'auto' and None leave it to the script."""
     if isinstance(value, float) and not math.isfinite(value):
         fail(f'{where}: not a finite number; type --{key}={default}')
+    if type(value) is int and not -2**63 <= value < 2**63:
+        fail(f'{where}: too large, 64 bits are what there is; type --{key}={default}')
     if type(default) is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            fail(f'{where}: too large for a number; type --{key}={default}')
+        return float(value)
     if type(value) is type(default) or default is None and isinstance(value, PLAIN):
         return value
     if default == 'auto' and isinstance(value, (bool, int, float, str)):
         return value
     fail(f'{where}: wrong type, {key} takes {_kind(default)}; type --{key}={default!r}')
+
+
+def _shown(value):
+    """A value in an error's line, whatever its size."""
+    try:
+        return repr(value)[:200]
+    except ValueError:   # Python does not write out the largest numbers
+        return f'a huge {type(value).__name__}'
 
 
 def _kind(default):

@@ -148,6 +148,8 @@ def download(url, path, size, sha256, tries=4):
             return
         except (OSError, ValueError) as error:   # requests' own errors are OSErrors too, a malformed URL's a ValueError
             reason = error
+            if isinstance(error, ValueError):
+                break
     if os.path.exists(part):
         os.remove(part)
     raise OSError(f'{type(reason).__name__}: {str(reason)[:300]}')

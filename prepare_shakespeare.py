@@ -8,6 +8,7 @@ Tiny Shakespeare (char-rnn's file) to token files: 90 % training, 10 % validatio
 Reads the network or FILE; writes train.bin, val.bin and meta.json, and what it downloads as input.txt.
 As characters: 65 symbols, 1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966 and 36,059.
 """
+import contextlib
 import hashlib
 import os
 import signal
@@ -23,6 +24,7 @@ url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 stand_in = False     # if the download fails, use text that every Python ships instead, marked as such
 configure(globals())
 
+LONGEST = 1 << 28   # bytes of a text
 SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 names = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
@@ -41,10 +43,10 @@ try:
         if not have:
             download(url, path, SIZE, SHA256)
     with open(path, 'rb') as f:
-        raw = f.read()
+        raw = f.read(LONGEST + 1)
 except OSError as error:
-    if not input and not os.listdir(folder):
-        os.rmdir(folder)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)   # if it is empty
     if input or not stand_in or ready:   # a stand-in never takes the place of what is there
         fail(f'{error}; ' + ('--input takes a text file' if input else
              'type --input=FILE for a local copy of input.txt, or --stand_in to go on with another text'))
@@ -52,6 +54,9 @@ except OSError as error:
     source = dict(name="the topics of Python's language reference (pydoc_data.topics)", url=None, stand_in=True,
                   instead_of='TINY SHAKESPEARE', reason=f'the download failed: {error}')
 
+if len(raw) > LONGEST:
+    fail(f'{path} has more than the {LONGEST:,} bytes that are read at once here; '
+         f'type python prepare_text.py --input=FILE --name=NAME')
 source['sha256'] = hashlib.sha256(raw).hexdigest()
 if not source['stand_in'] and source['sha256'] != SHA256:
     source.update(name=os.path.basename(input), url=None)

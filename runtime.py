@@ -174,6 +174,29 @@ def join_ranks(backend, device):
     return rank, ranks, device
 
 
+def begun(mark=False):
+    """Whether an earlier attempt under the same torchrun (--max-restarts) got so far as to mark the run as its own."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    if mark:
+        store.set('begun', '1')
+    return store.check(['begun'])
+
+
+def lock(folder):
+    """A file in folder that is locked as long as it is kept open; fails where another run has it open."""
+    file = open(os.path.join(folder, '.lock'), 'w')
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f'out_dir={folder}: another run is writing into it; wait for its end, or type --out_dir=FOLDER for another')
+    except (ImportError, OSError):   # nor on every file system
+        pass
+    return file
+
+
 def _fresh_store(rank, ranks):
     """The key-value store in which the ranks find each other, new at every start: torchrun's own outlives a restart and
     then hands out the addresses of dead processes (pytorch #135712)."""
@@ -244,13 +267,22 @@ def whole(tree):
 
 
 def load_optimizer(opt, state):
-    """opt.load_state_dict(state) from a whole state dict; a sharded parameter takes its own part of it."""
+    """Take over the tensors of a whole state dict, a sharded parameter its part of them; rates and the like stay opt's own.
+
+    Raises ValueError for tensors that are not those of opt's parameters: fused kernels would read past their ends."""
     params = [p for group in opt.param_groups for p in group['params']]
+    keys = {'step', 'exp_avg', 'exp_avg_sq'} if isinstance(opt, torch.optim.AdamW) else {'momentum_buffer'}
+    if set(state['state']) not in (set(), set(range(len(params)))):
+        raise ValueError(f'it has {len(state["state"])} of {len(params)} parameters')
     for i, tensors in state['state'].items():
-        for key, value in tensors.items():
-            if isinstance(params[i], DTensor) and value.shape == params[i].shape:
+        for key in keys | set(tensors):
+            value, shape = tensors.get(key), torch.Size() if key == 'step' else params[i].shape
+            if (key not in keys or not isinstance(value, torch.Tensor) or value.shape != shape
+                    or not torch.isfinite(value).all()):
+                raise ValueError(f'the {key} of parameter {i} is not what it should be')
+            if isinstance(params[i], DTensor) and key != 'step':
                 tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
-    opt.load_state_dict(state)
+    opt.load_state_dict(dict(state=state['state'], param_groups=opt.state_dict()['param_groups']))
 
 
 @torch.no_grad()
@@ -281,7 +313,7 @@ class Signals:
 
     def _note(self, number, frame):
         if self.caught == number == signal.SIGINT and 'RANK' not in os.environ:   # torchrun itself repeats the first
-            raise SystemExit(128 + number)   # a second Ctrl-C: at once
+            os._exit(128 + number)   # a second Ctrl-C: at once, even from inside of a save
         self.caught = number
 
     def release(self):

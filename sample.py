@@ -57,18 +57,22 @@ say(f'{path}: iter {loaded.get("iter_num")}, {model.num_params():,} parameters')
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token
 
+LONGEST = 1 << 24   # characters of a prompt
 if start == '-':
     if sys.stdin is None:
         fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
-    prompt = sys.stdin.read()
+    prompt = sys.stdin.read(LONGEST + 1)
 elif start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
-            prompt = f.read()
+            prompt = f.read(LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: takes a text file in UTF-8')
 else:
     prompt = start
+if len(prompt) > LONGEST:
+    fail(f'--start: a prompt of more than {LONGEST:,} characters; the model sees {model.config.block_size:,} tokens of it; '
+         f'type --start=FILE:path for a shorter one')
 
 ids = tokenizer.encode(prompt or tokenizer.opening)
 if len(ids) > model.config.block_size:

@@ -8,12 +8,14 @@ Train a GPT: one straight story from knobs to a finished model.
 
 Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
 """
+import contextlib
 import csv
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -95,17 +97,18 @@ device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
 knobs, given = configure(globals(), runtime.find_device)
+OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what is written into out_dir
 signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
 resumed, last_path = None, os.path.join(out_dir, 'last.pt')
-if runtime.agree([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))], device)[0] and os.path.exists(last_path):
+if runtime.agree([int(runtime.begun())], device)[0] and os.path.exists(last_path):
     init_from = 'resume'   # torchrun --max-restarts starts the same command again after a rank has died
 if init_from == 'resume':
     resumed, path = checkpoint.load_last(out_dir)
     # the run goes on as it was; what is typed now wins, and what belongs to the machine is found anew
-    machine = ('init_from', 'out_dir', 'eval_only', 'backend', 'device')
+    machine = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')   # and no file names a command to run
     for key, value in resumed['config'].items():
         if key in knobs and key not in given and key not in machine:
             knobs[key] = globals()[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
@@ -179,8 +182,12 @@ next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there i
 
 try:
     os.makedirs(out_dir, exist_ok=True)
+    for name in OWN:
+        if os.path.isdir(os.path.join(out_dir, name)):
+            raise IsADirectoryError(0, f'{name} is a folder')
     with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
         os.remove(f.name)
+    lock = runtime.lock(out_dir) if rank == 0 else None   # kept until this process ends
 except OSError as error:
     fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
 
@@ -225,21 +232,17 @@ if resumed:
     if os.path.exists(best := os.path.join(out_dir, 'best.pt')):   # it may be newer than what is resumed
         try:
             best_val_loss = min(best_val_loss, float(checkpoint.read(best)['best_val_loss']))
-        except (checkpoint.Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (checkpoint.Damaged, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             say(f'{best} {error}: the next evaluation replaces it')
             best_val_loss = math.inf
     states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
     other = 'adamw' if optimizer == 'muon' else 'muon'
     try:
         for opt, state in zip(optimizers, states, strict=True):
-            own = ('peak', 'weight_decay', 'betas')   # a rate or decay typed anew holds from here on
-            typed = [{key: group[key] for key in own if key in group} for group in opt.param_groups]
             runtime.load_optimizer(opt, state)
-            for group, knobs_now in zip(opt.param_groups, typed):
-                group.update(knobs_now)
+        scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type --optimizer={other}')
-    scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
     resumed = None   # its tensors would sit in memory twice
     say(f'resumed from {path} at iter {step}')
 
@@ -319,7 +322,8 @@ def save(name):
                                                         if device.startswith('cuda') else [])), previous)
         return True
     except OSError as error:
-        say(f'iter {step}: {path} could not be written ({error.strerror}); the older checkpoint is as it was')
+        say(f'iter {step}: {path} could not be written ({error.strerror})'
+            + '; the older checkpoint is as it was' * os.path.exists(path))
         return False
 
 
@@ -351,12 +355,13 @@ def log_row(**row):
 
 
 def logged_rows():
-    """The rows of log.csv, whole ones only: a machine that failed may have left half of one."""
-    if not os.path.exists(log_path):
-        return []
-    with open(log_path, newline='', encoding='utf-8', errors='replace') as f:
-        rows = list(csv.DictReader(f))
-    return [row for row in rows if None not in row.values() and (row.get('iter') or '').isdigit()]
+    """The rows of log.csv, whole ones only: a machine that failed, or an editor, may have left something else."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, csv.Error), open(log_path, newline='', encoding='utf-8', errors='replace') as f:
+        for row in csv.DictReader(f):
+            if None not in row.values() and re.fullmatch('[0-9]{1,15}', row.get('iter') or ''):
+                rows.append(row)
+    return rows
 
 
 def plot_losses():
@@ -371,8 +376,8 @@ def plot_losses():
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
         try:
-            points = [(int(row['tokens']), float(row[key])) for row in rows if row[key]]
-        except (KeyError, ValueError) as error:   # somebody edited it: a picture is not worth a run
+            points = [(float(int(row['tokens'])), float(row[key])) for row in rows if row[key]]
+        except (KeyError, ValueError, OverflowError) as error:   # somebody edited it: a picture is not worth a run
             say(f'iter {step}: no loss.png from this {log_path} ({error})')
             break
         if points:
@@ -426,13 +431,14 @@ if rank == 0 and not eval_only:
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     try:
-        if init_from == 'scratch' and os.path.exists(last_path):   # a command typed again by mistake must not cost a run
+        if init_from == 'scratch' and any(os.path.lexists(os.path.join(out_dir, name)) for name in OWN[:3]):
+            # a command typed again by mistake must not cost a run
             n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f'earlier-{n}')))
             earlier = os.path.join(out_dir, f'earlier-{n}')
             say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
             os.makedirs(earlier)
-            for name in ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json'):
-                if os.path.exists(os.path.join(out_dir, name)):
+            for name in OWN:
+                if os.path.lexists(os.path.join(out_dir, name)):
                     os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
         with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
             versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
@@ -444,6 +450,7 @@ if rank == 0 and not eval_only:
             if init_from == 'resume':   # which writes the rows from its checkpoint on anew
                 writer.writerows(row for row in logged_rows() if int(row['iter']) < step)
         os.replace(log_path + '.part', log_path)
+        runtime.begun(mark=True)
     except OSError as error:
         fail(f'{out_dir} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
 
@@ -451,6 +458,8 @@ if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
+    if lock:
+        os.remove(lock.name)
     runtime.leave(0)
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
@@ -545,9 +554,12 @@ while True:
         logged_step, logged_seconds = step + 1, seconds
     step += 1
 
+if lock:
+    os.remove(lock.name)
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
         f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
 if not saved:
-    fail(f'{last_path} could not be written at the end, and holds an earlier step; make room and type --init_from=resume')
+    fail(f'{last_path} could not be written at the end, and ' + ('holds an earlier step; make room and type --init_from=resume'
+         if os.path.exists(last_path) else 'nothing is saved; make room, or type --out_dir=FOLDER for another place'))
 runtime.leave(128 + caught if caught else 0)

@@ -74,7 +74,8 @@ def test_names_given(folder):
 @pytest.mark.parametrize('text, words', [
     ('learning_rte = 1', ['learning_rte', '--learning_rate']), ('max_iters = "5"', ['max_iters', 'whole number']),
     ('max_iters = 1 +', ['line 1', 'SyntaxError']), ('\n\nmax_iters = 1 / 0', ['line 3', 'ZeroDivisionError']),
-    ('from math import sqrt', ['sqrt']), ('name = 5', ['a text']), ('def f(): pass', ['f is not a knob']), ('\0', ['c.py'])])
+    ('from math import sqrt', ['sqrt']), ('name = 5', ['a text']), ('def f(): pass', ['f is not a knob']), ('\0', ['c.py']),
+    ('max_iters = 10**5000', ['too large']), ('max_iters = [10**5000]', ['c.py']), ('exit(3)', ['SystemExit'])])
 def test_config_mistakes(folder, text, words, capsys):
     with pytest.raises(SystemExit) as stop:
         overridden(config(folder, text))

@@ -2,6 +2,7 @@
 
 Each test was seen failing without the protection it is about; the long form is tests/torture.py."""
 import json
+import math
 import os
 import pickle
 import random
@@ -99,6 +100,35 @@ def test_a_new_run_does_not_cost_the_old_one(mini, script):
     assert json.load(open('out/earlier-2/config.json'))['max_iters'] == 1
 
 
+def test_an_old_run_without_its_last_is_kept_too(mini, script):
+    script('train.py', *TINY, '--max_iters=2')
+    os.remove('out/last.pt')
+    best = Path('out/best.pt').read_bytes()
+    script('train.py', *TINY, '--max_iters=2', '--seed=3')
+    assert Path('out/earlier-1/best.pt').read_bytes() == best != Path('out/best.pt').read_bytes()
+
+
+def test_two_runs_in_one_folder(mini, refused):
+    """The second is refused while the first one writes."""
+    run = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=100000', '--decay_lr=False'], stderr=subprocess.PIPE,
+                           text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        assert any(line.startswith('iter 0: loss') for line in run.stderr)
+        refused('train.py', *TINY, words=['another run is writing'])
+        refused('train.py', *TINY, '--init_from=resume', words=['another run is writing'])
+    finally:
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=60)
+    assert run.returncode == 143 and not os.path.exists('out/.lock')
+
+
+@pytest.mark.parametrize('name', ['last.pt', 'last.previous.pt', 'best.pt', 'log.csv'])
+def test_folder_where_a_file_should_be(mini, refused, name):
+    """Refused before the first step, not after the last."""
+    os.makedirs(f'out/{name}')
+    refused('train.py', *TINY, words=['out', name])
+
+
 @pytest.mark.parametrize('knob', ['--checkpoint_interval=3', '--checkpoint_minutes=1e-9'])
 def test_saving_in_between(mini, script, knob):
     from unittest import mock
@@ -106,6 +136,19 @@ def test_saving_in_between(mini, script, knob):
         script('train.py', *TINY, '--eval_interval=100', '--always_save_checkpoint=False', knob)
     steps = [call.args[1]['iter_num'] for call in save.call_args_list if call.args[0].endswith('last.pt')]
     assert steps == ([0, 3, 6, 9, 10] if 'interval' in knob else list(range(11)))
+
+
+def test_a_restart_before_the_run_began_is_a_new_run(mini, forked):
+    """A rank dies while it starts, in a folder that holds an earlier run: the restart must not take that for its own."""
+    forked([2, 'train.py', *TINY, '--gradient_accumulation_steps=2', '--max_iters=3', '--seed=1'])
+    (mini / 'sitecustomize.py').write_text("""import os, signal
+if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    done = subprocess.run([sys.executable, *TORCHRUN, '--max-restarts=1', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
+                           '--max_iters=5'], env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': '.'}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'resumed' not in done.stderr, done.stderr
+    assert len(read_log('out/log.csv')) == 6 and checkpoint.load('out/earlier-1/last.pt')['iter_num'] == 3
 
 
 def test_torture_in_short(folder):
@@ -348,7 +391,8 @@ def test_a_checkpoint_is_still_what_torch_load_reads(trained):
     (lambda c: c['model_args'].update(moe=3), ['moe']), (lambda c: c['model'].popitem(), ['weights do not fit']),
     (lambda c: c['model'].update({'transformer.wte.weight': 3}), ['weights do not fit']),
     (lambda c: c.update(tokenizer=dict(kind='evil')), ['tokenizer']), (lambda c: c.update(tokenizer=dict(kind='byte')), ['256 symbols']),
-    (lambda c: c['model_args'].update(vocab_size=-1), ['vocab_size'])])
+    (lambda c: c['model_args'].update(vocab_size=-1), ['vocab_size']), (lambda c: c['model_args'].update(n_layer=10**9), ['n_layer=1000000000']),
+    (lambda c: c['model']['transformer.ln_f.weight'].fill_(math.nan), ['not finite'])])
 def test_checkpoints_that_lie(trained, folder, refused, change, words):
     loaded = checkpoint.load(str(trained / 'last.pt'))
     loaded.update(change) if isinstance(change, dict) else change(loaded)
@@ -356,15 +400,48 @@ def test_checkpoints_that_lie(trained, folder, refused, change, words):
     refused('sample.py', '--checkpoint=lie.pt', '--device=cpu', '--start=12', words=['lie.pt', *words])
 
 
-@pytest.mark.parametrize('key, value', [('config', dict(batch_size='many')), ('config', 3), ('config', dict(dataset='../../etc')),
-                                        ('iter_num', 'x'), ('iter_num', -3), ('optimizer', 3), ('optimizer', [{}]), ('best_val_loss', None)])
-def test_resume_from_a_checkpoint_that_lies(mini, script, refused, key, value):
+def tensors(key, value):
+    """A change to one of AdamW's tensors."""
+    return lambda c: c['optimizer'][0]['state'][3].update({key: value})
+
+
+@pytest.mark.parametrize('change', [
+    dict(config=dict(batch_size='many')), dict(config=3), dict(config=dict(dataset='../../etc')), dict(iter_num='x'), dict(iter_num=-3),
+    dict(iter_num=10**30), dict(optimizer=3), dict(optimizer=[{}]), dict(optimizer=[dict(state={9999: {}}, param_groups=[])]),
+    dict(best_val_loss=None), dict(best_val_loss=10**400), dict(best_val_loss=math.nan), dict(seconds=math.nan), dict(seconds=-5.0),
+    dict(seconds=10**400), dict(skipped=math.inf),
+    tensors('exp_avg', torch.zeros(3)), tensors('exp_avg', torch.zeros(0)), tensors('exp_avg_sq', 1), tensors('amsgrad', torch.zeros(16)),
+    tensors('step', torch.tensor(math.inf)), lambda c: c['optimizer'][0]['state'].pop(0)])
+def test_resume_from_a_checkpoint_that_lies(trained, mini, refused, change):
+    """Also an optimizer's tensor of another size, past whose end a fused kernel would read."""
+    loaded = checkpoint.load(str(trained / 'last.pt'))
+    loaded.update(change) if isinstance(change, dict) else change(loaded)
+    os.mkdir('out')
+    checkpoint.save('out/last.pt', loaded)
+    before = Path('out/last.pt').read_bytes()
+    refused('train.py', '--init_from=resume', '--device=cpu', '--dtype=float32', '--max_iters=70')
+    assert Path('out/last.pt').read_bytes() == before
+
+
+def test_optimizer_settings_in_a_checkpoint_are_not_taken(mini, script):
+    """Rates, decay and switches are the knobs'; the file has the tensors alone."""
     script('train.py', *TINY, '--max_iters=2')
     loaded = checkpoint.load('out/last.pt')
-    loaded[key] = value
-    os.remove('out/last.previous.pt')
+    loaded['optimizer'][0]['param_groups'][0].update(amsgrad=True, maximize=True, weight_decay=9.0, params=['?'])
     checkpoint.save('out/last.pt', loaded)
-    refused('train.py', '--init_from=resume', '--device=cpu', '--dtype=float32')
+    assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4').code == 0
+    script('train.py', *TINY, '--out_dir=whole', '--max_iters=4', '--eval_interval=2')
+    assert same_weights('whole/last.pt', 'out/last.pt')
+
+
+def test_no_checkpoint_names_a_command_to_run(mini, script, refused):
+    (mini / 'prepare_evil.py').write_text('open("ran", "w")')
+    script('train.py', *TINY, '--max_iters=2')
+    loaded = checkpoint.load('out/last.pt')
+    loaded['config'].update(dataset='nope', prepare=str(mini / 'prepare_evil.py'))
+    checkpoint.save('out/last.pt', loaded)
+    refused('train.py', '--init_from=resume', '--device=cpu', words=['data/nope'])
+    assert not os.path.exists('ran')
 
 
 def test_pickle_bombs(folder, capsys):

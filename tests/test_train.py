@@ -493,10 +493,14 @@ def test_padded_vocabulary_samples_while_training(mini, script):
     assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4', '--sample_interval=1').code == 0
 
 
-def test_edited_log_does_not_stop_a_run(mini, script):
+@pytest.mark.parametrize('column, value', [(2, 'edited'), (0, '\u00b2'), (0, '9' * 5000), (1, '9' * 400), (3, '"' + 'x' * 200_000)])
+def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     script('train.py', *TINY, '--max_iters=5')
     lines = open('out/log.csv').read().splitlines()
-    lines[2] = lines[2].replace(lines[2].split(',')[2], 'edited')
+    cells = lines[2].split(',')
+    cells[column] = value
+    lines[2] = ','.join(cells)
     open('out/log.csv', 'w').write('\n'.join(lines) + '\n')
     result = script('train.py', *TINY, '--init_from=resume')
-    assert result.code == 0 and 'no loss.png' in result.err
+    assert result.code == 0 and not os.path.exists('out/log.csv.part'), result.err
+    assert ('no loss.png' in result.err) == (column in (1, 2))
