@@ -282,7 +282,10 @@ def load_optimizer(opt, state):
                 raise ValueError(f'the {key} of parameter {i} is not what it should be')
             if isinstance(params[i], DTensor) and key != 'step':
                 tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
-    opt.load_state_dict(dict(state=state['state'], param_groups=opt.state_dict()['param_groups']))
+    groups = opt.state_dict()['param_groups']
+    for own, saved in zip(groups, state['param_groups']):
+        own['lr'] = float(saved['lr'])   # of the last step, for the record: every step sets its own
+    opt.load_state_dict(dict(state=state['state'], param_groups=groups))
 
 
 @torch.no_grad()
