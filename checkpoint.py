@@ -17,8 +17,8 @@ from dataclasses import fields
 import torch
 
 from configurator import fail
-from data import Dataset, find_dataset, load_tokenizer
-from model import GPT, GPTConfig
+from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
+from model import GPT, GPTConfig, fetch_pretrained
 from runtime import say
 
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
@@ -173,6 +173,8 @@ def read(path):
         raise Damaged('is not a checkpoint of this project: it lacks model or model_args')
     if 'format' in loaded and not sealed:   # ours always are; nanoGPT's have neither
         raise Damaged('is damaged: its checksum is gone')
+    if 'format' not in loaded:
+        loaded['model_args'].setdefault('activation', 'gelu_erf')   # which is what nanoGPT's nn.GELU() computes
     return loaded
 
 
@@ -186,24 +188,46 @@ def build_model(loaded, path, **overrides):
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             fail(f'{path}: {name}={value!r} in its model_args is no {known[name].__name__}; type --checkpoint=FILE for another')
     # torch.compile's and DDP's wrappers leave prefixes; nanoGPT without flash attention leaves its masks
-    weights = {str(name).removeprefix('module.').removeprefix('_orig_mod.'): p for name, p in loaded['model'].items()}
-    weights = {name: p for name, p in weights.items() if not name.endswith('.attn.bias')}
+    weights = {str(name).removeprefix('module.').removeprefix('_orig_mod.'): p for name, p in loaded['model'].items()
+               if not str(name).endswith('.attn.bias')}
     try:
-        if args.get('n_layer', 0) > len(weights):   # before its blocks are made one by one
-            raise ValueError(f'n_layer={args["n_layer"]}, and there are {len(weights)} tensors')
-        if not all(torch.isfinite(p).all() for p in weights.values() if isinstance(p, torch.Tensor)):
-            raise ValueError('some of them are not finite')
-        with torch.device('meta'):   # nothing is allocated for a shape that the weights do not have
-            expected = GPT(GPTConfig(**args)).state_dict()
-        for name in {**expected, **weights}:
-            have, want = (tuple(t[name].shape) if isinstance(t.get(name), torch.Tensor) else None for t in (weights, expected))
-            if have != want:
-                raise ValueError(f'{name} has the shape {have} where {want} is expected')
-        model = GPT(GPTConfig(**args))
-        model.load_state_dict(weights)
+        return GPT.with_weights(GPTConfig(**args), weights)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
-    return model
+
+
+def from_hub(name, **fields):
+    """(model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder; tokenizer is None where the folder has none."""
+    try:
+        folder = fetch_pretrained(name)
+        model, tokenizer = GPT.from_pretrained(folder, **fields), read_hf_tokenizer(folder)
+    except ImportError as error:
+        fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
+    except (OSError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:400]
+        fail(f'init_from={name}: {reason}; allowed are resume, scratch in train.py, gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
+             f'distilgpt2, another GPT-2 on huggingface.co, and a folder with config.json and model.safetensors; '
+             f'type --init_from=gpt2')
+    if tokenizer is None and model.config.vocab_size == 50257:
+        tokenizer = make_tokenizer('gpt2')
+    if tokenizer:
+        model.drawable = min(tokenizer.vocab_size, model.config.vocab_size)
+    return model, tokenizer
+
+
+def open_model(init_from, out_dir, checkpoint, data_dir, **fields):
+    """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
+    init_from='resume' takes the checkpoint named or the best in out_dir, anything else is from_hub's."""
+    if init_from != 'resume':
+        model, tokenizer = from_hub(init_from, **fields)
+        if tokenizer is None:
+            fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
+        return model, tokenizer, init_from, {}
+    path = find(out_dir, checkpoint)
+    loaded = load(path)
+    model = build_model(loaded, path, **fields)
+    knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
+    return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs
 
 
 def find_tokenizer(loaded, path, model, data_dir='data'):

@@ -13,9 +13,11 @@ import mmap
 import os
 import pickle
 import re
+import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,9 +26,12 @@ from configurator import fail
 
 VERIFY_BELOW = 64 << 20   # bytes; larger files are checked by size at start-up and by token range as they are read
 RELEASE_AFTER = 256 << 20   # bytes read from the files until their pages are given back
+PIECE = 1 << 19   # characters that are tokenized at a time
+END_OF_TEXT = '<|endoftext|>'
 PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
-           'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2'}
+           'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2',
+           'enwik8': 'python prepare_enwik8.py --tokenizer=byte', 'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
 
 
 # ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, and opening, the text
@@ -75,7 +80,7 @@ class ByteTokenizer:
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, through tiktoken."""
-    vocab_size, opening = 50257, '<|endoftext|>'
+    vocab_size, opening = 50257, END_OF_TEXT
 
     def __init__(self):
         import tiktoken  # here, so that characters and bytes need torch and numpy alone
@@ -88,13 +93,21 @@ class GPT2Tokenizer:
     def encode(self, text):
         """Token ids; <|endoftext|> in the text becomes that one token."""
         text = text.encode('utf-8', 'replace').decode('utf-8')   # half of a surrogate pair has no bytes
-        return np.array(self.bpe.encode(text, allowed_special={self.opening}), dtype=np.int64)
+        return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
 
     def decode(self, ids):
         return self.bpe.decode_bytes(list(ids))
 
     def state(self):
         return dict(kind='gpt2')
+
+
+def token_sizes(tokenizer):
+    """Bytes and characters of each token, (V,) each; none for the end of a text, which is in no text."""
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    texts = [b'' if text == END_OF_TEXT.encode() else text for text in texts]
+    return (np.array([len(text) for text in texts]),
+            np.array([sum(byte & 0xC0 != 0x80 for byte in text) for text in texts]))   # one byte a character is not 10xxxxxx
 
 
 def make_tokenizer(kind, text=''):
@@ -112,6 +125,77 @@ def load_tokenizer(state):
     if state['kind'] == 'char' and not (isinstance(state.get('chars'), str) and state['chars']):
         raise ValueError("its character tokenizer has no 'chars'")
     return make_tokenizer(state['kind'], state.get('chars', ''))
+
+
+# ---- Hugging Face's tokenizer files --------------------------------------------------------------------------------
+
+def _byte_letters():
+    """The letter by which GPT-2's files write each byte: its own where that can be seen, else one from 256 on."""
+    seen, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return [chr(byte if byte in seen else next(others)) for byte in range(256)]
+
+
+def _gpt2_vocab(bpe):
+    """{token in those letters: id} of GPT-2's tokens, <|endoftext|> apart."""
+    letters = _byte_letters()
+    return {''.join(letters[byte] for byte in bpe.decode_single_token_bytes(i)): i for i in range(50256)}
+
+
+def _merges(vocab):
+    """[the two parts of each longer token] in the order of their ids: what the earlier tokens make of it."""
+    merges = []
+    for token, i in vocab.items():
+        parts = list(token)
+        while len(parts) > 2:
+            ids = [vocab.get(a + b, i) for a, b in zip(parts, parts[1:])]
+            at = ids.index(min(ids))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+    return merges
+
+
+def hf_tokenizer_files(tokenizer, block_size):
+    """{name: content} of the files from which transformers' AutoTokenizer makes the same tokenizer."""
+    kind, end, added = tokenizer.state()['kind'], None, []
+    if kind == 'char':   # BPE without merges would drop an unknown character in silence, WordLevel raises
+        model = dict(type='WordLevel', vocab={char: i for i, char in enumerate(tokenizer.chars)}, unk_token='')
+        split = dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False)
+        decoder = dict(type='Fuse')
+    else:
+        vocab = _gpt2_vocab(tokenizer.bpe) if kind == 'gpt2' else {letter: i for i, letter in enumerate(_byte_letters())}
+        model = dict(type='BPE', vocab=vocab, merges=_merges(vocab) if kind == 'gpt2' else [])
+        split = decoder = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=kind == 'gpt2')
+        if kind == 'gpt2':
+            end = END_OF_TEXT
+            added = [dict(id=50256, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)]
+    files = {'tokenizer.json': dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None,
+                                    pre_tokenizer=split, post_processor=None, decoder=decoder, model=model),
+             'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+                                           bos_token=end, eos_token=end, clean_up_tokenization_spaces=False)}
+    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
+
+
+def read_hf_tokenizer(folder):
+    """The tokenizer of a folder's tokenizer.json or vocab.json, None where there is neither; ValueError for one not ours."""
+    for name in ('tokenizer.json', 'vocab.json'):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            try:
+                with open(path, encoding='utf-8') as f:
+                    vocab = json.load(f)
+                vocab = dict(vocab['model']['vocab'] if name == 'tokenizer.json' else vocab)
+                if vocab == {letter: i for i, letter in enumerate(_byte_letters())}:
+                    return ByteTokenizer()
+                if vocab and vocab == {char: i for i, char in enumerate(sorted(vocab))} and max(map(len, vocab)) == 1:
+                    return CharTokenizer(vocab)
+                vocab.pop(END_OF_TEXT, None)
+                if len(vocab) == 50256 and vocab == _gpt2_vocab((tokenizer := GPT2Tokenizer()).bpe):
+                    return tokenizer
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f'{path} cannot be used ({type(error).__name__}: {str(error)[:200]})') from error
+            raise ValueError(f"{path} is neither GPT-2's vocabulary nor one of characters or bytes")
+    return None
 
 
 # ---- getting and writing data --------------------------------------------------------------------------------------
@@ -179,30 +263,94 @@ def stand_in_text():
     return '\n\n'.join(topics[name] for name in sorted(topics))
 
 
-def write_dataset(folder, splits, tokenizer, source):
-    """Write {split: (ids, source bytes)} and meta.json into folder, each file whole or not at all, meta.json last.
+def pieces(blocks, size=PIECE):
+    """Regroup blocks of one text (str) into pieces of about `size` characters whose tokens, put together, are the text's.
 
-    source: dict(name, url, sha256, stand_in) of the text. Returns meta."""
+    They are cut between a character that is no space and a following blank or line break, where GPT-2's pattern always cuts;
+    a run of 16 times the size without such a place is cut anyway."""
+    held, place = '', re.compile(r'\S(?=[ \n])')
+    for block in blocks:
+        held, start = held + block, 0
+        while len(held) - start > size:
+            found = place.search(held, start + size - 1)
+            if not found and len(held) - start <= 16 * size:
+                break
+            cut = found.end() if found else start + size
+            yield held[start:cut]
+            start = cut
+        held = held[start:]
+    if held:
+        yield held
+
+
+def encode_all(tokenizer, texts):
+    """(token ids, bytes of the text) of each text, in their order, on all cores, a few texts in memory at a time."""
+    sizes, _ = token_sizes(tokenizer)
+
+    def encode(text):
+        ids = tokenizer.encode(text)
+        return ids, int(sizes[ids].sum())
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:   # threads do: tiktoken works without Python's lock
+        waiting = []
+        for text in texts:
+            waiting.append(pool.submit(encode, text))
+            if len(waiting) > 2 * workers:
+                yield waiting.pop(0).result()
+        yield from (done.result() for done in waiting)
+
+
+def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
+    """Write {split: iterable of (ids, source bytes)} and meta.json into folder; returns meta.
+
+    source: dict(name, url, sha256, stand_in) of the text. A split of more than shard_tokens becomes several files. No file
+    gets its name before all are written, and meta.json with their hashes comes first: interrupted at any instant, the folder
+    holds what it held, or something that is noticed."""
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     meta = dict(format=1, tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, dtype=dtype, splits={}, source=source)
     os.makedirs(folder, exist_ok=True)
-    for split, (ids, size) in splits.items():
-        raw = np.asarray(ids).astype('<u2' if dtype == 'uint16' else '<u4').tobytes()
-        meta['splits'][split] = dict(tokens=len(ids), bytes=size, sha256={f'{split}.bin': hashlib.sha256(raw).hexdigest()})
-        _write_whole(os.path.join(folder, f'{split}.bin'), raw)
-    _write_whole(os.path.join(folder, 'meta.json'), (json.dumps(meta, indent=1, ensure_ascii=True) + '\n').encode())
+    part = os.path.join(folder, f'{{}}.{os.getpid()}.part')
+    try:
+        for split, chunks in splits.items():
+            meta['splits'][split] = _write_split(part, split, chunks, '<u2' if dtype == 'uint16' else '<u4', shard_tokens)
+        with open(part.format('meta.json'), 'w', encoding='utf-8') as f:
+            json.dump(meta, f, indent=1)
+        names = ['meta.json'] + [name for info in meta['splits'].values() for name in info['sha256']]
+        for name in names:
+            os.replace(part.format(name), os.path.join(folder, name))
+        for path in (path for split in ('train', 'val', 'test') for path in _shards(folder, split, all_of_them=True)):
+            if os.path.basename(path) not in names:
+                os.remove(path)   # of the dataset that was here before
+    finally:
+        for path in glob.glob(os.path.join(glob.escape(folder), f'*.{os.getpid()}.part')):
+            os.remove(path)
     return meta
 
 
-def _write_whole(path, raw):
-    part = f'{path}.{os.getpid()}.part'
+def _write_split(part, split, chunks, dtype, shard_tokens):
+    """Write the files of a split, each as part.format(name); returns what meta.json says of them."""
+    info, digests, room, file = dict(tokens=0, bytes=0), {}, 0, None
     try:
-        with open(part, 'wb') as f:
-            f.write(raw)
-        os.replace(part, path)
+        for ids, size in chunks:
+            ids = np.asarray(ids).astype(dtype)
+            info['tokens'], info['bytes'] = info['tokens'] + len(ids), info['bytes'] + size
+            while len(ids):
+                if room == 0:
+                    if file:
+                        file.close()
+                    name, room = f'{split}_{len(digests):03d}.bin', shard_tokens
+                    file, digests[name] = open(part.format(name), 'wb'), hashlib.sha256()
+                now, ids = ids[:room], ids[room:]
+                file.write(now)
+                digests[name].update(now)
+                room -= len(now)
     finally:
-        if os.path.exists(part):
-            os.remove(part)
+        if file:
+            file.close()
+    if len(digests) == 1:
+        os.replace(part.format(name), part.format(f'{split}.bin'))
+        digests = {f'{split}.bin': digests[name]}
+    return dict(info, sha256={name: digest.hexdigest() for name, digest in digests.items()})
 
 
 # ---- reading data --------------------------------------------------------------------------------------------------
@@ -295,10 +443,11 @@ def find_dataset(name, data_dir='data', needs=('train', 'val')):
     return folder, all(_shards(folder, split) for split in needs)
 
 
-def _shards(folder, split):
+def _shards(folder, split, all_of_them=False):
     """The files of a split: train.bin alone, or train_000.bin, train_001.bin, ... in their order."""
     whole = os.path.join(folder, f'{split}.bin')
-    return [whole] if os.path.isfile(whole) else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_[0-9]*.bin')))
+    shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_[0-9]*.bin')), key=lambda path: (len(path), path))
+    return [whole] * os.path.isfile(whole) + shards if all_of_them or not os.path.isfile(whole) else [whole]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -368,12 +517,14 @@ class TrainingWindows:
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
 
-def evaluation_batches(dataset, split, block_size, batch_size, batches=None, rank=0, ranks=1):
+def evaluation_batches(dataset, split, block_size, batch_size, batches=None, rank=0, ranks=1, stride=None):
     """Yield x, y (B, T) over a split, every target once; padding has target -1. Neither random nor dependent on ranks.
 
-    batches: take that many batches' worth of windows, evenly spread, instead of all. Each rank gets its share."""
-    shards = dataset.split(split)
-    ends = np.cumsum([max(0, math.ceil((len(shard) - 1) / block_size)) for shard in shards])
+    batches: take that many batches' worth of windows, evenly spread, instead of all. Each rank gets its share.
+    stride: tokens from window to window, block_size if None; with less, windows overlap and only the new targets count."""
+    shards, stride = dataset.split(split), stride or block_size
+    ends = np.cumsum([1 + max(0, math.ceil((len(shard) - 1 - block_size) / stride)) if len(shard) > 1 else 0
+                      for shard in shards])
     n = taken = int(ends[-1])
     if not n:
         fail(f'{dataset.folder}: the {split} split has no two tokens in a row to predict; use more text')
@@ -384,8 +535,10 @@ def evaluation_batches(dataset, split, block_size, batch_size, batches=None, ran
         for row, i in enumerate(range(first + rank * batch_size, min(taken, first + (rank + 1) * batch_size))):
             window = i * n // taken
             shard = int(np.searchsorted(ends, window, side='right'))
-            start = (window - (ends[shard - 1] if shard else 0)) * block_size
+            start = (window - (ends[shard - 1] if shard else 0)) * stride
             piece = np.asarray(shards[shard][start:start + block_size + 1], dtype=np.int64)
             x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
+            if start:
+                y[row, :block_size - stride] = -1   # the window before has predicted these
         dataset.check_range(np.maximum(x, y), dataset.folder)
         yield torch.from_numpy(x), torch.from_numpy(y)

@@ -12,13 +12,27 @@ The letters used below and in every shape:
 Tokens meet each other in one place only, the attention; everything else works on each position by itself.
 Names are those of GPT-2's released weights and of Hugging Face's GPT2LMHeadModel.
 """
+import glob
+import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+ACTIVATIONS = dict(gelu=lambda x: F.gelu(x, approximate='tanh'), gelu_erf=F.gelu, relu2=lambda x: F.relu(x).square())
+
+# Hugging Face's config.json: what it calls our fields, with the values it leaves out; what no GPT-2 here has otherwise;
+# its activations; and the matrices that its Conv1D keeps as (in, out)
+HF_FIELDS = dict(n_positions=('block_size', 1024), vocab_size=('vocab_size', 50257), n_layer=('n_layer', 12),
+                 n_head=('n_head', 12), n_embd=('n_embd', 768), tie_word_embeddings=('tie_weights', True))
+HF_FIXED = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                add_cross_attention=False)
+HF_ACTIVATIONS = dict(gelu_new='gelu', gelu_pytorch_tanh='gelu', gelu='gelu_erf', relu2='relu2')
+HF_TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 
 
 @dataclass
@@ -38,7 +52,7 @@ class GPTConfig:
     norm: str = 'pre'            # 'pre' | 'post' | 'none'
     residual: bool = True        # x + f(x), else f(x)
     qk_norm: bool = False        # unit RMS for queries and keys
-    activation: str = 'gelu'     # 'gelu' (tanh form, as GPT-2 was trained) | 'relu2'
+    activation: str = 'gelu'     # 'gelu' (tanh form, as GPT-2 was trained) | 'gelu_erf' (exact, as nanoGPT's) | 'relu2'
     # how it is trained; none of these changes what the finished model computes
     flash: bool = True           # fused attention, else the explicit formula
     label_smoothing: float = 0.0
@@ -56,7 +70,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal "
                              f"share of the width; type --n_head={nearest}, or another n_embd")
         for name, allowed in dict(pos=('learned', 'rope', 'none'), norm=('pre', 'post', 'none'),
-                                  activation=('gelu', 'relu2')).items():
+                                  activation=tuple(ACTIVATIONS)).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}; "
                                  f"type --{name}={allowed[0]} for GPT-2's")
@@ -146,12 +160,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation, self.dropout = config.activation, config.dropout
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x):
         x = self.c_fc(x)                                                                          # (B, T, 4C)
-        x = F.relu(x).square() if self.activation == 'relu2' else F.gelu(x, approximate='tanh')
-        return F.dropout(self.c_proj(x), self.dropout, self.training)                             # (B, T, C)
+        return F.dropout(self.c_proj(self.activation(x)), self.dropout, self.training)            # (B, T, C)
 
 
 class Block(nn.Module):
@@ -195,7 +208,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.pos == 'rope':
             hs = config.n_embd // config.n_head
-            angle = torch.outer(torch.arange(config.block_size), 10000.0 ** -(torch.arange(0, hs, 2) / hs))
+            angle = torch.outer(torch.arange(config.block_size, device='cpu'),   # not 'meta', see with_weights
+                                10000.0 ** -(torch.arange(0, hs, 2, device='cpu') / hs))
             self.register_buffer('rope', torch.stack((angle.cos(), angle.sin())), persistent=False)  # (2, T, hs/2)
         # GPT-2's initialisation: N(0, 0.02); what is added to the residual stream 2·n_layer times starts smaller
         for name, p in self.named_parameters():
@@ -274,6 +288,110 @@ class GPT(nn.Module):
             self.train(was_training)
         return torch.cat(tokens, dim=1)
 
+    # ---- weights from elsewhere, and for elsewhere -----------------------------------------------------------------
+
+    @classmethod
+    def with_weights(cls, config, weights):
+        """A GPT that takes over the tensors of a state dict, in fp32. Raises ValueError naming those that do not fit."""
+        if config.n_layer > len(weights):   # before its blocks are made one by one
+            raise ValueError(f'n_layer={config.n_layer}, and there are {len(weights)} tensors')
+        with torch.device('meta'):   # nothing is allocated and nothing drawn
+            model = cls(config)
+        if config.tie_weights and 'transformer.wte.weight' in weights:
+            weights = {**weights, 'lm_head.weight': weights['transformer.wte.weight']}
+        have, want = ({name: tuple(p.shape) for name, p in tensors.items() if isinstance(p, torch.Tensor)}
+                      for tensors in (weights, model.state_dict()))
+        wrong = [f'{name} {have.get(name, "is missing")}' + (f' where {want[name]} is expected' if name in want else
+                                                             ' is unexpected') for name in {**want, **have}
+                 if have.get(name) != want.get(name)]
+        if wrong:
+            raise ValueError('; '.join(wrong[:4]) + f'; and {len(wrong) - 4} more' * (len(wrong) > 4))
+        weights = {name: p.float() for name, p in weights.items()}
+        if not all(p.isfinite().all() for p in weights.values()):
+            raise ValueError('some of the weights are not finite')
+        model.load_state_dict(weights, assign=True)
+        if config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=None, block_size=None, **training):
+        """A GPT-2 in fp32, on the CPU, from Hugging Face's hub ('gpt2', 'distilgpt2', 'owner/name') or a local folder.
+
+        dropout: None for its own; block_size: fewer positions than it has; training: GPTConfig's fields of that name.
+        Raises OSError for what cannot be fetched or read, ValueError for what is no GPT-2."""
+        from safetensors.torch import load_file  # here: the rest of this file needs torch alone
+        folder = fetch_pretrained(name)
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            hf = json.load(f)
+        if not isinstance(hf, dict) or hf.get('model_type') != 'gpt2':
+            raise ValueError(f'{name} is no GPT-2: its config.json says model_type='
+                             f'{hf.get("model_type") if isinstance(hf, dict) else None!r}')
+        hf = {**{theirs: default for theirs, (_, default) in HF_FIELDS.items()}, **HF_FIXED, 'activation_function': 'gelu_new',
+              'resid_pdrop': 0.1, **hf}
+        other = [key for key, value in HF_FIXED.items() if hf[key] != value]
+        other += [key for key, (_, default) in HF_FIELDS.items() if type(hf[key]) is not type(default)]
+        other += ['n_inner'] * (hf.get('n_inner') is not None and hf['n_inner'] != 4 * hf['n_embd'])
+        other += ['activation_function'] * (hf['activation_function'] not in tuple(HF_ACTIVATIONS))
+        if other:
+            raise ValueError(f'{name} is no GPT-2 as it is known here: {", ".join(f"{key}={hf[key]!r}" for key in other)}')
+        fields = {ours: hf[theirs] for theirs, (ours, _) in HF_FIELDS.items()}
+        if block_size is not None and block_size > fields['block_size']:
+            raise ValueError(f'block_size={block_size}, and {name} knows {fields["block_size"]} positions')
+        fields['block_size'] = block_size or fields['block_size']
+        weights = {}
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'model*.safetensors'))):
+            try:
+                weights.update(load_file(path))
+            except Exception as error:   # SafetensorError, and what a file that lies about itself makes of it
+                raise ValueError(f'{path} cannot be read: {error}') from error
+        if not weights:
+            raise ValueError(f"{name} has no model.safetensors; transformers' save_pretrained writes one")
+        # GPT-2's own files have no prefix, and hold the causal masks
+        weights = {key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}': p
+                   for key, p in weights.items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
+        weights = {key: p.T.contiguous() if key.endswith(HF_TRANSPOSED) and p.dim() == 2 else p
+                   for key, p in weights.items()}
+        if 'transformer.wpe.weight' in weights:
+            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:fields['block_size']].clone()
+        try:
+            return cls.with_weights(GPTConfig(**fields, activation=HF_ACTIVATIONS[hf['activation_function']],
+                                              dropout=hf['resid_pdrop'] if dropout is None else dropout, **training), weights)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from error
+
+    def save_pretrained(self, folder):
+        """Write config.json, model.safetensors and generation_config.json as transformers reads them.
+
+        Absent biases become zeros, which computes the same. Raises ValueError for what GPT-2 cannot express."""
+        from safetensors.torch import save_file  # here: the rest of this file needs torch alone
+        c = self.config
+        needed = dict(pos='learned', norm='pre', residual=True, qk_norm=False)
+        other = [f'{name}={getattr(c, name)!r}' for name in needed if getattr(c, name) != needed[name]]
+        if other:
+            raise ValueError(f"GPT-2 has no {', '.join(other)}: Hugging Face's GPT2LMHeadModel would compute something else")
+        weights = {name: p.detach().float().cpu() for name, p in self.state_dict().items()}
+        if c.tie_weights:
+            del weights['lm_head.weight']
+        for name, p in list(weights.items()):
+            bias = name.removesuffix('weight') + 'bias'
+            if name.startswith(('transformer.h.', 'transformer.ln_f.')) and name.endswith('weight') and bias not in weights:
+                weights[bias] = torch.zeros(p.size(0))
+            weights[name] = (p.T if name.endswith(HF_TRANSPOSED) else p).contiguous()
+        end = 50256 if c.vocab_size > 50256 else None   # <|endoftext|>, where there is one
+        hf = {theirs: getattr(c, ours) for theirs, (ours, _) in HF_FIELDS.items()} | HF_FIXED
+        hf |= dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], bos_token_id=end, eos_token_id=end, dtype='float32',
+                   activation_function=next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation),
+                   resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
+        generation = dict(bos_token_id=end, eos_token_id=end)
+        if self.drawable < c.vocab_size:
+            generation['suppress_tokens'] = list(range(self.drawable, c.vocab_size))   # padding, that no tokenizer knows
+        os.makedirs(folder, exist_ok=True)
+        save_file(weights, os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))
+        for name, content in (('generation_config', generation), ('config', hf)):
+            with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:
+                json.dump(content, f, indent=1)
+
     # ---- what the training loop asks of the model ------------------------------------------------------------------
 
     def num_params(self):
@@ -301,6 +419,14 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 for start in range(0, p.size(0), C) if name.endswith('c_attn.weight') else (None,):
                     yield name, p, slice(None) if start is None else slice(start, start + C)
+
+
+def fetch_pretrained(name):
+    """A local folder with config.json, weights and tokenizer files: `name` itself, or what huggingface_hub caches of it."""
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download  # here: only a hub name needs it
+    return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors', 'tokenizer.json', 'vocab.json'])
 
 
 def draw(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):

@@ -15,7 +15,7 @@ import signal
 import sys
 
 from configurator import configure, fail
-from data import download, find_dataset, make_tokenizer, stand_in_text, write_dataset
+from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_dataset
 
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
 input = ''           # a local copy of the text, instead of the download
@@ -72,7 +72,7 @@ if cut == 0:
 parts = dict(train=text[:cut], val=text[cut:])
 vocabulary = make_tokenizer(tokenizer, text)
 try:
-    meta = write_dataset(folder, {split: (vocabulary.encode(part), len(part.encode())) for split, part in parts.items()},
+    meta = write_dataset(folder, {split: encode_all(vocabulary, pieces([part])) for split, part in parts.items()},
                          vocabulary, source)
 except OSError as error:
     fail(f'{folder} cannot be written: {error}; type --data_dir=FOLDER for another place')

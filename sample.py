@@ -4,6 +4,7 @@ Write text with a trained model.
     python sample.py --start "ROMEO:"                    # a prompt
     python sample.py --start=FILE:prompt.txt             # from a file, or - for standard input
     python sample.py --checkpoint=out/last.pt --temperature=0 --num_samples=3
+    python sample.py --init_from=gpt2 --start="Hello,"   # Hugging Face's weights
 
 Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it is generated.
 """
@@ -18,6 +19,7 @@ import runtime
 from configurator import configure, fail
 from runtime import say
 
+init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
 data_dir = 'data'        # where a checkpoint by nanoGPT finds its vocabulary
@@ -48,12 +50,10 @@ for name, value, good, allowed in (
         default = dict(num_samples=1, max_new_tokens=500, temperature=0.8, repetition_penalty=1.0, seed=1337).get(name)
         fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={default}')
 
-path = checkpoints.find(out_dir, checkpoint)
-loaded = checkpoints.load(path)
-model = checkpoints.build_model(loaded, path).to(device).eval()
-tokenizer = checkpoints.find_tokenizer(loaded, path, model, data_dir)
+model, tokenizer, where, _ = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+model.to(device).eval()
 dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
-say(f'{path}: iter {loaded.get("iter_num")}, {model.num_params():,} parameters')
+say(f'{where}, {model.num_params():,} parameters')
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token
 

@@ -38,7 +38,8 @@ from runtime import say
 # ---- knobs ---------------------------------------------------------------------------------------------------------
 # the run
 out_dir = 'out'              # folder of checkpoints and logs
-init_from = 'scratch'        # 'scratch', or 'resume': go on from out_dir/last.pt, with its knobs where none are given
+init_from = 'scratch'        # 'scratch'; 'resume': out_dir/last.pt, with its knobs where none are given; 'gpt2', 'gpt2-xl' or
+                             # another name on Hugging Face's hub, or a folder of theirs: fine-tune these weights
 eval_interval = 2000         # optimizer steps between evaluations, each followed by a save
 eval_iters = 200             # batches an evaluation looks at, the same ones every time; the last one takes the whole split
 eval_only = False            # evaluate the whole validation split and stop
@@ -102,7 +103,7 @@ signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
-resumed, last_path = None, os.path.join(out_dir, 'last.pt')
+resumed, pretrained, its_tokenizer, last_path = None, None, None, os.path.join(out_dir, 'last.pt')
 if runtime.agree([int(runtime.begun())], device)[0] and os.path.exists(last_path):
     init_from = 'resume'   # torchrun --max-restarts starts the same command again after a rank has died
 if init_from == 'resume':
@@ -112,8 +113,6 @@ if init_from == 'resume':
     for key, value in resumed['config'].items():
         if key in knobs and key not in given and key not in machine:
             knobs[key] = globals()[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
-elif init_from != 'scratch':
-    fail(f"init_from={init_from!r}: allowed are scratch, resume; type --init_from=scratch")
 
 lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
               seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
@@ -132,12 +131,16 @@ if shard and optimizer == 'muon':
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'qkv_bias', 'tie_weights', 'pos', 'norm', 'residual', 'qk_norm',
          'activation')
 training = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')
-if resumed:
+if init_from not in ('scratch', 'resume'):
+    pretrained, its_tokenizer = checkpoint.from_hub(init_from, block_size=block_size if 'block_size' in given else None,
+                                                    **{key: knobs[key] for key in training})
+if resumed or pretrained:
+    args, path = (resumed['model_args'], path) if resumed else (asdict(pretrained.config), init_from)
     for key in shape:
-        had = checked(key, resumed['model_args'].get(key, knobs[key]), knobs[key], f'{path}: {key}')
+        had = checked(key, args.get(key, knobs[key]), knobs[key], f'{path}: {key}')
         if had != knobs[key] and key in given:
-            fail(f'{key}={knobs[key]}, but the run in {path} has {key}={had}, and a resumed run keeps its shape; '
-                 f'type --{key}={had}, or another --out_dir for a new run')
+            fail(f'{key}={knobs[key]}, but the model in {path} has {key}={had}, and training it further keeps its shape; '
+                 f'type --{key}={had}, or --init_from=scratch and another --out_dir for a new one')
         knobs[key] = globals()[key] = had
 try:
     GPTConfig(**{key: knobs[key] for key in shape + training})
@@ -154,7 +157,7 @@ dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 folder, ready = find_dataset(dataset, data_dir)
 if not ready and not prepare:
     fail(f'{folder} has no train.bin and val.bin; make them first: {PREPARE.get(dataset, "see the prepare scripts")}')
-makes = next((name for name, command in PREPARE.items() if command == f'python {prepare}'), dataset)
+makes = next((name for name, command in PREPARE.items() if f'python {prepare}'.startswith(command)), dataset)
 if not ready and makes != dataset:
     fail(f'{folder} has no train.bin and val.bin, and prepare={prepare!r} makes {makes}; make them first: '
          f'{PREPARE.get(dataset, "see the prepare scripts")}')
@@ -167,7 +170,7 @@ if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
     except ValueError as error:
         fail(f'prepare={prepare!r}: {error}; it takes a script and its flags; type --prepare="prepare_shakespeare.py"')
     say(f'{folder} is missing: running {prepare}')
-    status = subprocess.run([*command, f'--data_dir={data_dir}', '--stand_in']).returncode
+    status = subprocess.run([*command, f'--data_dir={data_dir}']).returncode
     if status or signals.caught:
         sys.exit(128 + signals.caught if signals.caught else status)
 if ranks > 1:
@@ -195,13 +198,15 @@ except OSError as error:
 torch.manual_seed(seed)
 if resumed:
     model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in training})
-    if model.config.vocab_size < data.vocab_size or resumed.get('tokenizer', data.tokenizer.state()) != data.tokenizer.state():
-        fail(f'{path} was trained with another tokenizer than that of {folder} ({model.config.vocab_size:,} and '
-             f'{data.vocab_size:,} symbols); type --dataset=NAME for the one it was trained on')
     if resumed['iter_num'] > max_iters:
         say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
-else:
+elif not (model := pretrained):
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **{key: knobs[key] for key in shape + training}))
+expected = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state()
+if (expected not in (None, data.tokenizer.state()) or data.vocab_size > model.config.vocab_size
+        or pretrained and not expected and data.vocab_size != model.config.vocab_size):
+    fail(f'{path} was trained with another tokenizer than that of {folder} ({model.config.vocab_size:,} and '
+         f'{data.vocab_size:,} symbols); type --dataset=NAME for one with the same')
 model.drawable = data.vocab_size
 parameters, flops_per_token = model.num_params(), model.flops_per_token()
 model.to(device)

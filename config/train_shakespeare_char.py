@@ -1,7 +1,7 @@
 # The main job: Tiny Shakespeare by characters. Under three minutes on two CPU cores.
 
 dataset = 'shakespeare_char'
-prepare = 'prepare_shakespeare.py --tokenizer=char'   # run when the data is missing
+prepare = 'prepare_shakespeare.py --tokenizer=char --stand_in'   # run when the data is missing
 gradient_accumulation_steps = 1   # the batches are small enough to do without
 
 if device == 'cpu':

@@ -95,7 +95,7 @@ def mini(folder):
     from data import CharTokenizer, write_dataset
     tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
     parts = dict(train=TEXT[:cut], val=TEXT[cut:])
-    write_dataset('data/mini', {split: (tokenizer.encode(part), len(part)) for split, part in parts.items()}, tokenizer,
+    write_dataset('data/mini', {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()}, tokenizer,
                   dict(name='mini', url=None, sha256='', stand_in=False))
     return folder
 
@@ -107,7 +107,7 @@ def trained(tmp_path_factory):
     home = tmp_path_factory.mktemp('trained')
     tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
     parts = dict(train=TEXT[:cut], val=TEXT[cut:])
-    write_dataset(str(home / 'data/mini'), {split: (tokenizer.encode(part), len(part)) for split, part in parts.items()},
+    write_dataset(str(home / 'data/mini'), {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()},
                   tokenizer, dict(name='mini', url=None, sha256='', stand_in=False))
     subprocess.run([sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=30'],
                    cwd=home, check=True, capture_output=True, timeout=120)

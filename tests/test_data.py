@@ -20,7 +20,7 @@ def make(tokens, folder='data/made', val=None, vocab=256, **meta):
     class Numbers(ByteTokenizer):
         vocab_size = vocab
     source = dict(name='made', url=None, sha256='', stand_in=False)
-    write_dataset(folder, dict(train=(tokens, len(tokens)), val=(tokens if val is None else val, 1)), Numbers(), source)
+    write_dataset(folder, dict(train=[(tokens, len(tokens))], val=[(tokens if val is None else val, 1)]), Numbers(), source)
     made = Dataset('made')
     made.vocab_size = vocab
     return made
@@ -71,7 +71,7 @@ def test_files_are_what_the_contract_says(folder):
 def test_large_vocabulary_takes_four_bytes(folder):
     text = ''.join(map(chr, range(0x10000, 0x10000 + 70_000)))
     tokenizer = CharTokenizer(text)
-    write_dataset('data/made', dict(train=(tokenizer.encode(text), 1)), tokenizer, dict(name='', url=None, sha256='', stand_in=False))
+    write_dataset('data/made', dict(train=[(tokenizer.encode(text), 1)]), tokenizer, dict(name='', url=None, sha256='', stand_in=False))
     shard = Dataset('made').split('train')[0]
     assert shard.dtype == np.uint32 and shard.max() == 69_999
     assert tokenizer.decode(shard.tolist()).decode() == text

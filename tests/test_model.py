@@ -335,7 +335,7 @@ def test_top_k_keeps_exactly_k_on_ties():
 @pytest.mark.parametrize('changes, words', [
     (dict(n_embd=50), ['n_embd=50', 'n_head=3', '--n_head=2']), (dict(block_size=0), ['block_size=0', '1 or more']),
     (dict(vocab_size=0), ['vocab_size']), (dict(n_layer=-1), ['n_layer=-1']), (dict(pos='sin'), ["'sin'", 'learned, rope, none']),
-    (dict(norm='rms'), ['pre, post, none']), (dict(activation='silu'), ['gelu, relu2']), (dict(dropout=1.0), ['below 1']),
+    (dict(norm='rms'), ['pre, post, none']), (dict(activation='silu'), ['gelu, gelu_erf, relu2']), (dict(dropout=1.0), ['below 1']),
     (dict(layer_drop=0.1, residual=False), ['residual']), (dict(pos='rope', n_head=16), ['odd', 'even'])])
 def test_impossible_shapes(changes, words):
     with pytest.raises(ValueError) as error:

@@ -446,7 +446,7 @@ def test_resume_on_another_vocabulary(mini, script, refused):
     script('train.py', *TINY, '--max_iters=2')
     text = '0123456789abcdef' * 50
     tokenizer = CharTokenizer(text)
-    write_dataset('data/other', {split: (tokenizer.encode(text), len(text)) for split in ('train', 'val')}, tokenizer,
+    write_dataset('data/other', {split: [(tokenizer.encode(text), len(text))] for split in ('train', 'val')}, tokenizer,
                   dict(name='other', url=None, sha256='', stand_in=False))
     before = open('out/last.pt', 'rb').read()
     refused('train.py', *TINY, '--init_from=resume', '--dataset=other', words=['another tokenizer', '--dataset'])

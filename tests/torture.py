@@ -321,7 +321,7 @@ def main():
     chance, began, failed = random.Random(seed), time.monotonic(), []
     cut = int(0.9 * len(TEXT))
     tokenizer = data.CharTokenizer(TEXT)
-    data.write_dataset('data/mini', dict(train=(tokenizer.encode(TEXT[:cut]), cut), val=(tokenizer.encode(TEXT[cut:]), len(TEXT) - cut)),
+    data.write_dataset('data/mini', dict(train=[(tokenizer.encode(TEXT[:cut]), cut)], val=[(tokenizer.encode(TEXT[cut:]), len(TEXT) - cut)]),
                        tokenizer, dict(name='mini', url=None, sha256='', stand_in=False))
     print(f'torch {torch.__version__}, Python {sys.version.split()[0]}, numpy {np.__version__}, seed {seed}, {minutes:g} minutes', flush=True)
     for what, ranks in (('kills', 1), ('rank_kills', 2)):
