@@ -1,0 +1,270 @@
+"""enwik8 and your own text, to token files. pytest tests/test_prepare.py"""
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import END_OF_TEXT, Dataset
+
+
+def read(name, split):
+    """The text of a split, its shards put together."""
+    opened = Dataset(name)
+    return opened.tokenizer.decode(np.concatenate(opened.split(split)).tolist()).decode()
+
+
+# ---- pieces and tokens of them -------------------------------------------------------------------------------------
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab1'!. \n\t\r\x1c\x85\u00a0\u3000é你e\u0301🎉st<|endoftext|>"), max_size=40), max_size=8), st.integers(1, 20))
+def test_pieces_are_the_text_and_cut_where_gpt2_cuts(blocks, size):
+    text, parts = ''.join(blocks), list(data.pieces(blocks, size))
+    assert ''.join(parts) == text and all(parts)
+    assert all(len(part) <= 16 * size + len(max(blocks, key=len)) for part in parts)
+    if (SHARED / 'tiktoken').exists():
+        os.environ['TIKTOKEN_CACHE_DIR'] = str(SHARED / 'tiktoken')
+        import tiktoken
+        encode = tiktoken.get_encoding('gpt2').encode_ordinary
+        if all(len(part) < 16 * size for part in parts):   # none was cut by force
+            assert [i for part in parts for i in encode(part)] == encode(text)
+
+
+def test_a_run_without_a_blank_is_cut_by_force():
+    parts = list(data.pieces(['x' * 1000] * 100, 100))
+    assert ''.join(parts) == 'x' * 100_000 and max(map(len, parts)) <= 1600 + 1000
+
+
+# ---- enwik8 --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def head():
+    path = SHARED / 'enwik8_head.gz'
+    if not path.exists():
+        pytest.skip('no local head of enwik8; set SHARED_DATA to a folder with enwik8_head.gz')
+    return path
+
+
+def test_enwik8_head_in_bytes(folder, script, head):
+    raw = gzip.open(head).read()
+    assert script('prepare_enwik8.py', f'--input={head}', '--partial').code == 0
+    opened = Dataset('enwik8')
+    assert opened.meta['source']['partial'] is True and opened.meta['source']['sha256'] == hashlib.sha256(raw).hexdigest()
+    parts = [opened.split(split)[0] for split in ('train', 'val', 'test')]
+    assert [len(part) for part in parts] == [3_738_960, 207_720, 207_720] and opened.meta['dtype'] == 'uint16'
+    assert np.concatenate(parts).astype(np.uint8).tobytes() == raw
+
+
+def test_enwik8_head_as_bpe(folder, script, head, gpt2_files):
+    raw = gzip.open(head).read()
+    assert script('prepare_enwik8.py', f'--input={head}', '--partial', '--tokenizer=gpt2').code == 0
+    opened = Dataset('enwik8_gpt2')
+    import tiktoken
+    start = 0
+    for split in ('train', 'val', 'test'):
+        info = opened.meta['splits'][split]
+        text = raw[start:start + info['bytes']].decode()   # no character is cut
+        assert opened.split(split)[0].tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(text)
+        start += info['bytes']
+    assert start == len(raw)
+
+
+@pytest.mark.parametrize('kind, flags, words', [
+    ('short', [], ['1,000,000', '--partial']), ('other', [], ['not enwik8', 'prepare_text.py']), ('tiny', ['--partial'], ['too few']),
+    ('zip', [], ['enwik8']), ('bad gz', [], ['a.gz']), ('none', [], ['nowhere']), ('folder', [], ['folder'])])
+def test_enwik8_refusals(folder, refused, kind, flags, words):
+    path = 'a'
+    if kind in ('short', 'tiny'):
+        Path('a').write_bytes(b'x' * (1_000_000 if kind == 'short' else 10))
+    elif kind == 'other':
+        with open('a', 'wb') as f:
+            f.truncate(100_000_000)
+    elif kind == 'zip':
+        with zipfile.ZipFile('a', 'w') as archive:
+            archive.writestr('../enwik8', b'x' * 1000)
+    elif kind == 'bad gz':
+        path = 'a.gz'
+        Path(path).write_bytes(gzip.compress(os.urandom(10_000))[:-20])
+    elif kind == 'folder':
+        path = 'a folder'
+        os.mkdir(path)
+    else:
+        path = 'nowhere'
+    refused('prepare_enwik8.py', f'--input={path}', *flags, words=words)
+    assert not os.path.exists('data/enwik8/meta.json') and not os.path.exists('climbed')
+
+
+def test_enwik8_download_that_is_none(folder, refused, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda s: None)
+    refused('prepare_enwik8.py', '--url=http://127.0.0.1:9/enwik8.zip', words=['--input'])
+    assert not any(path.is_file() for path in folder.rglob('*'))
+
+
+# ---- your own text -------------------------------------------------------------------------------------------------
+
+DOCUMENTS = ['first\nof two lines', 'the second 二', 'third 🎉', 'a fourth', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven']
+
+
+def lay_out(kind):
+    """DOCUMENTS as files; returns --input for them."""
+    if kind == 'folder':
+        os.makedirs('in/deeper')
+        for i, text in enumerate(DOCUMENTS):
+            name = f'in/{"deeper/" if i % 2 else ""}{i:02d}.' + ('txt', 'md', 'txt.gz')[i % 3]
+            with gzip.open(name, 'wb') if name.endswith('.gz') else open(name, 'wb') as f:
+                f.write(text.encode())
+        Path('in/ignored.bin').write_bytes(b'\xff')
+        return 'in'
+    if kind == 'jsonl':
+        Path('in.jsonl').write_text('\n\n'.join(json.dumps(dict(text=text, n=i), ensure_ascii=i % 2 == 0) for i, text in enumerate(DOCUMENTS)))
+    elif kind == 'jsonl.gz':
+        with gzip.open('in.jsonl.gz', 'wt') as f:
+            f.writelines(json.dumps(dict(text=text)) + '\n' for text in DOCUMENTS)
+    elif kind == 'txt':
+        Path('in.txt').write_text(END_OF_TEXT.join(DOCUMENTS) + END_OF_TEXT)
+    return f'in.{kind}' if kind != 'pattern' else 'in/**/*.t*'
+
+
+@pytest.mark.parametrize('kind', ['folder', 'jsonl', 'jsonl.gz', 'txt'])
+@pytest.mark.parametrize('tokenizer', ['char', 'byte', 'gpt2'])
+@pytest.mark.parametrize('block', [1 << 20, 7])
+def test_documents(folder, script, gpt2_files, monkeypatch, kind, tokenizer, block):
+    """Whole documents in each split, apart from each other, whatever the files and however they are read."""
+    source = (ROOT / 'prepare_text.py').read_text().replace('BLOCK = 1 << 20', f'BLOCK = {block}')
+    (folder / 'prepare_text.py').write_text(source)
+    result = script(str(folder / 'prepare_text.py'), f'--input={lay_out(kind)}', '--name=mine', f'--tokenizer={tokenizer}', '--val_fraction=0.2')
+    assert result.code == 0, result.err
+    order = DOCUMENTS
+    if kind == 'folder':
+        order = [DOCUMENTS[int(path.name[:2])] for path in sorted(Path('in').rglob('[0-9]*'), key=str)]
+    apart = END_OF_TEXT if tokenizer == 'gpt2' else '\n'
+    train, val = read('mine', 'train').split(apart), read('mine', 'val').split(apart)
+    if apart == '\n':
+        train, val = apart.join(train), apart.join(val)
+        assert all((text in train) != (text in val) for text in order)
+        assert len(train) + len(val) + 1 == len('\n'.join(order))
+    else:
+        assert sorted(train + val) == sorted(order) and len(val) == 2
+        assert train == [text for text in order if text in train]   # in their order
+    meta = Dataset('mine').meta
+    assert meta['source']['documents'] == len(DOCUMENTS)
+    text_bytes = sum(len(text.encode()) for text in order) + (0 if tokenizer == 'gpt2' else len(order) - 2)
+    assert sum(info['bytes'] for info in meta['splits'].values()) == text_bytes
+
+
+def test_a_single_document_is_cut(folder, script, gpt2_files):
+    Path('a.txt').write_text('0123456789 ' * 1000)
+    for tokenizer in ('char', 'byte', 'gpt2'):
+        assert script('prepare_text.py', '--input=a.txt', '--name=mine', f'--tokenizer={tokenizer}').code == 0
+        assert (read('mine', 'train'), read('mine', 'val')) == (('0123456789 ' * 1000)[:9900], ('0123456789 ' * 1000)[9900:])
+
+
+def test_shards_and_a_dataset_made_anew(folder, script):
+    Path('a.txt').write_text('abcdefghij' * 1000)
+    script('prepare_text.py', '--input=a.txt', '--name=mine', '--shard_tokens=4000')
+    assert sorted(os.listdir('data/mine')) == ['meta.json', 'train_000.bin', 'train_001.bin', 'train_002.bin', 'val.bin']
+    assert read('mine', 'train') == 'abcdefghij' * 900
+    Path('a.txt').write_text('xyz' * 1000)
+    script('prepare_text.py', '--input=a.txt', '--name=mine')
+    assert sorted(os.listdir('data/mine')) == ['meta.json', 'train.bin', 'val.bin'] and read('mine', 'train') == 'xyz' * 900
+
+
+@pytest.mark.parametrize('write, flags, words', [
+    ({}, [], ['--input', 'nothing']), ({'nothing': None}, [], ['no file that ends with', '.jsonl']),
+    ({'nothing': b'\xff\xfe\xff'}, [], ['not UTF-8', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
+    ({'nothing': b''}, [], ['no text']), ({'nothing': END_OF_TEXT.encode() * 3}, [], ['no text']), ({'nothing': b'x'}, [], ['no text']),
+    ({'a.jsonl': b'{"text": "a"}\n\n{"body": "b"}\n'}, ['--input=a.jsonl'], ['line 3', "'text'", 'body', '--field']),
+    ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', '--field']),
+    ({'a.jsonl': b'{"text": "a"}\n[1]\n'}, ['--input=a.jsonl'], ['line 2']), ({'a.jsonl': b'{"text": "a"}\n{"text'}, ['--input=a.jsonl'], ['line 2']),
+    ({'a.jsonl': b'[' * 100_000}, ['--input=a.jsonl'], ['line 1']), ({'a.jsonl': b'{"text": "\xff"}'}, ['--input=a.jsonl'], ['line 1']),
+    ({'a.txt.gz': b'no gzip'}, ['--input=a.txt.gz'], ['a.txt.gz']), ({'a.txt.gz': gzip.compress(b'x' * 9999)[:-9]}, ['--input=a.txt.gz'], ['a.txt.gz']),
+    ({'nothing': b'xy'}, ['--name=../mine'], ["'../mine'"]), ({'nothing': b'xy'}, ['--name='], ['--name']),
+    ({'nothing': b'xy'}, ['--tokenizer=bpe'], ['tokenizer=bpe']), ({'nothing': b'xy'}, ['--val_fraction=1'], ['val_fraction']),
+    ({'nothing': b'xy'}, ['--shard_tokens=1'], ['shard_tokens']), ({}, ['--input=*.none'], ['*.none', 'pattern']),
+    ({'data': b'x', 'nothing': b'xy'}, [], ['--data_dir'])])
+def test_text_refusals(folder, refused, write, flags, words):
+    """And nothing is left that looks like a dataset."""
+    for name, content in write.items():
+        os.mkdir(name) if content is None else Path(name).write_bytes(content)
+    refused('prepare_text.py', '--input=nothing', '--name=mine', *flags, words=words)
+    assert not any(Path().glob('data*/mine/*'))
+
+
+def test_input_inside_of_the_dataset(folder, refused):
+    os.makedirs('data/mine')
+    Path('data/mine/input.txt').write_text('my only copy')
+    refused('prepare_text.py', '--input=data/mine/input.txt', '--name=mine', words=['data/mine', '--name'])
+    assert Path('data/mine/input.txt').read_text() == 'my only copy'
+
+
+def test_half_of_a_surrogate_pair(folder, script):
+    Path('a.jsonl').write_text('{"text": "ab\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
+    for tokenizer in ('char', 'byte'):
+        assert script('prepare_text.py', '--input=a.jsonl', '--name=mine', f'--tokenizer={tokenizer}').code == 0
+        assert (read('mine', 'train'), read('mine', 'val')) == ('ab?', '😀')
+
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted(folder, script, how):
+    """Whatever stops it: what was there before is there still, and nothing looks finished that is not."""
+    Path('a.txt').write_text('the old text ' * 100)
+    script('prepare_text.py', '--input=a.txt', '--name=mine')
+    before = {path.name: path.read_bytes() for path in Path('data/mine').iterdir()}
+    with open('b.txt', 'wb') as f:
+        for _ in range(300):
+            f.write(os.urandom(100_000).hex().encode() + b'\n')
+    run = subprocess.Popen([sys.executable, str(ROOT / 'prepare_text.py'), '--input=b.txt', '--name=mine'], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(Path('data/mine').glob('*.part')) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(how)
+    run.communicate(timeout=60)
+    assert run.returncode == (-9 if how == signal.SIGKILL else 128 + how)
+    assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir() if path.suffix != '.part'} == before
+    assert how == signal.SIGKILL or not list(Path('data/mine').glob('*.part'))
+
+
+def test_full_disk(folder, refused, monkeypatch):
+    """No room: one line, and the old dataset as it was."""
+    Path('a.txt').write_text('some text ' * 1000)
+
+    def full(*args, **options):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data.json, 'dump', full)
+    refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['data/mine', 'No space left'])
+    assert os.listdir('data/mine') == []
+
+
+def test_memory_does_not_grow_with_the_input(folder):
+    """200 MB of text in one file, read, split and written: the process stays under 500 MB, of which torch alone takes half."""
+    line = ('the quick brown fox jumps over the lazy dog ' * 20 + '\n').encode()
+    with open('big.txt', 'wb') as f:
+        for _ in range(200_000_000 // (len(line) * 100)):
+            f.write(line * 100)
+    code = ('import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__"); '
+            'print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))')
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT / 'prepare_text.py'), '--input=big.txt', '--name=big', '--tokenizer=byte'],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0 and int(done.stdout) < 500, done.stderr + done.stdout
+
+
+def test_the_commands_it_prints(folder, script):
+    """What it ends with can be typed as it stands."""
+    Path('my text.txt').write_text('the miller said to his wife, ' * 500)
+    said = script('prepare_text.py', '--input=my text.txt', '--name=mine').err
+    train, sample = [line.split()[1:] for line in said.splitlines() if line.startswith('    python ')]
+    tiny = ['--max_iters=2', '--n_layer=1', '--n_embd=8', '--n_head=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu']
+    assert script(*train, *tiny).code == 0
+    assert len(script(*sample, '--max_new_tokens=9', '--device=cpu').out) > 9
