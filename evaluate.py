@@ -1,0 +1,90 @@
+"""
+How well a model predicts a split: every token of it once, in nats, bits per byte and bits per character.
+
+    python evaluate.py                                        # the validation split of the run in out/
+    python evaluate.py --split=test --stride=64               # each token with nearly all the context there is
+    python evaluate.py --init_from=gpt2 --dataset=shakespeare --json=-
+    torchrun --standalone --nproc_per_node=2 evaluate.py      # the same number, sooner
+
+Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table, or JSON, to stdout, and nothing else.
+"""
+import contextlib
+import math
+import sys
+import time
+from json import dumps
+
+import numpy as np
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from configurator import configure, fail
+from data import PREPARE, Dataset, evaluation_batches, find_dataset, token_sizes
+from runtime import say
+
+init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
+out_dir = 'out'          # folder of the run
+checkpoint = ''          # a checkpoint file, instead of the one in out_dir
+dataset = ''             # folder in data_dir; empty: the one the run was trained on
+data_dir = 'data'        # where datasets live
+split = 'val'            # 'val', 'train', or 'test' where there is one
+stride = None            # tokens from window to window; None: block_size, less gives each token more context and takes longer
+batch_size = 16          # windows at a time; changes the speed and not the result
+json = ''                # write the figures into this file, - for stdout instead of the table
+backend = 'auto'         # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
+device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 here, where the figure is what counts
+compile = 'auto'         # torch.compile
+configure(globals(), runtime.find_device)
+rank, ranks, device = runtime.join_ranks(backend, device)
+
+if split not in ('train', 'val', 'test'):
+    fail(f'split={split!r}: allowed are train, val, test; type --split=val')
+if batch_size < 1:
+    fail(f'batch_size={batch_size}: it must be 1 or more; type --batch_size=16')
+model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+block_size = model.config.block_size
+if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
+    fail(f'stride={stride!r}: allowed are None and whole numbers from 1 to block_size={block_size}; '
+         f'type --stride={block_size // 2 or 1}')
+dataset = dataset or str(knobs.get('dataset', ''))
+if not dataset:
+    fail(f'{where} does not say which dataset it is of; type --dataset=NAME')
+folder, ready = find_dataset(dataset, data_dir, needs=(split,))
+if not ready:
+    fail(f'{folder} has no {split}.bin; type --split=val, or make it: {PREPARE.get(dataset, "see the prepare scripts")}')
+data = Dataset(dataset, data_dir)
+if data.stand_in_banner():
+    say(data.stand_in_banner())
+if data.tokenizer.state() != tokenizer.state():
+    fail(f'{where} was trained with another tokenizer than that of {folder} ({tokenizer.vocab_size:,} and {data.vocab_size:,} '
+         f'symbols); type --dataset=NAME for one with the same')
+dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype, compile)
+model.to(device).eval()
+say(f'{where}, {model.num_params():,} parameters; {split} of {dataset}, windows of {block_size}, stride {stride or block_size}')
+
+started = time.perf_counter()
+pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
+nats = runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+seconds = time.perf_counter() - started
+
+totals = np.zeros(3, dtype=np.int64)   # tokens, and their bytes and characters
+sizes = np.stack((np.ones(tokenizer.vocab_size, dtype=np.int64), *token_sizes(tokenizer)))         # (3, V)
+for shard in data.split(split):   # the first token of each is given and not predicted
+    for first in range(1, len(shard), 1 << 24):
+        totals += sizes @ np.bincount(shard[first:first + (1 << 24)], minlength=tokenizer.vocab_size)
+tokens, text_bytes, chars = totals.tolist()
+bits = nats * tokens / math.log(2)
+figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=math.exp(min(nats, 700)),
+               bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1), tokens_per_s=tokens / seconds)
+if rank == 0 and json:
+    try:
+        with contextlib.nullcontext(sys.stdout) if json == '-' else open(json, 'w', encoding='utf-8') as f:
+            f.write(dumps(figures) + '\n')
+    except OSError as error:
+        fail(f'json={json} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
+if rank == 0 and json != '-':
+    for key, value in figures.items():
+        print(f'{key:15} {value:,.6f}' if isinstance(value, float) else f'{key:15} {value if key == "split" else f"{value:,}"}')
+runtime.leave(0)
