@@ -5,6 +5,7 @@ A dataset is a folder, data/<name>/, with train.bin, val.bin (test.bin) and meta
 train_000.bin, train_001.bin, ...) are raw little-endian uint16 (uint32 above 65,536 symbols) and nothing else;
 meta.json says how to read them and what they must hash to. nanoGPT's files are read as well.
 """
+import functools
 import glob
 import hashlib
 import json
@@ -92,8 +93,10 @@ class GPT2Tokenizer:
 
     def encode(self, text):
         """Token ids; <|endoftext|> in the text becomes that one token."""
-        text = text.encode('utf-8', 'replace').decode('utf-8')   # half of a surrogate pair has no bytes
-        return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        try:
+            return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        except UnicodeEncodeError:   # half of a surrogate pair has no bytes
+            return self.encode(text.encode('utf-8', 'replace').decode('utf-8'))
 
     def decode(self, ids):
         return self.bpe.decode_bytes(list(ids))
@@ -102,12 +105,13 @@ class GPT2Tokenizer:
         return dict(kind='gpt2')
 
 
+@functools.cache
 def token_sizes(tokenizer):
     """Bytes and characters of each token, (V,) each; none for the end of a text, which is in no text."""
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     texts = [b'' if text == END_OF_TEXT.encode() else text for text in texts]
-    return (np.array([len(text) for text in texts]),
-            np.array([sum(byte & 0xC0 != 0x80 for byte in text) for text in texts]))   # one byte a character is not 10xxxxxx
+    later = bytes(range(0x80, 0xC0))   # a character's bytes after its first
+    return np.array([len(text) for text in texts]), np.array([len(text.translate(None, later)) for text in texts])
 
 
 def make_tokenizer(kind, text=''):
@@ -285,11 +289,11 @@ def pieces(blocks, size=PIECE):
 
 def encode_all(tokenizer, texts):
     """(token ids, bytes of the text) of each text, in their order, on all cores, a few texts in memory at a time."""
-    sizes, _ = token_sizes(tokenizer)
+    sizes = token_sizes(tokenizer)[0].astype(np.uint16)
 
     def encode(text):
         ids = tokenizer.encode(text)
-        return ids, int(sizes[ids].sum())
+        return ids, int(sizes.take(ids).sum(dtype=np.int64))
     workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:   # threads do: tiktoken works without Python's lock
         waiting = []
