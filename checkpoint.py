@@ -8,6 +8,7 @@ config (the knobs) and rng (of rank 0, for the record: train.py seeds every step
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -19,10 +20,11 @@ import torch
 from configurator import fail
 from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained
-from runtime import say
+from runtime import lock, say
 
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
+OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
 
 class Damaged(Exception):
@@ -86,6 +88,32 @@ def save(path, checkpoint, previous=None):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_folder(out_dir, rank):
+    """Make a run's folder; returns rank 0's lock on it, to be kept. Fails now for what would fail at the first save."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        for name in OWN:
+            if os.path.isdir(os.path.join(out_dir, name)):
+                raise IsADirectoryError(0, f'{name} is a folder')
+        with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
+            os.remove(f.name)
+        return lock(out_dir) if rank == 0 else None
+    except OSError as error:
+        fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
+
+
+def set_aside(out_dir):
+    """Move the files of an earlier run to out_dir/earlier-N/: a command typed again by mistake must not cost it."""
+    paths = [os.path.join(out_dir, name) for name in OWN]
+    if any(os.path.lexists(path) for path in paths[:3]):
+        numbered = (os.path.join(out_dir, f'earlier-{n}') for n in itertools.count(1))
+        earlier = next(path for path in numbered if not os.path.exists(path))
+        say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
+        os.makedirs(earlier)
+        for path in filter(os.path.lexists, paths):
+            os.replace(path, os.path.join(earlier, os.path.basename(path)))
 
 
 def _link(path, name):

@@ -14,6 +14,8 @@ import mmap
 import os
 import pickle
 import re
+import shlex
+import subprocess
 import sys
 import time
 import zipfile
@@ -445,6 +447,35 @@ def find_dataset(name, data_dir='data', needs=('train', 'val')):
              f'type --dataset=shakespeare_char')
     folder = os.path.join(data_dir, name)
     return folder, all(_shards(folder, split) for split in needs)
+
+
+def prepare_missing(name, data_dir, prepare):
+    """Make a dataset that is missing by `prepare`, a script beside this file with its flags; fails where that cannot help.
+
+    Under torchrun one rank of each machine does it, while the others go on to wait for it."""
+    folder, ready = find_dataset(name, data_dir)
+    if ready:
+        return
+    by_hand = f'make them first: {PREPARE.get(name, "see the prepare scripts")}'
+    makes = next((made for made, command in PREPARE.items() if f'python {prepare}'.startswith(command)), name)
+    if not prepare or makes != name:
+        fail(f'{folder} has no train.bin and val.bin' + f', and prepare={prepare!r} makes {makes}' * bool(prepare)
+             + f'; {by_hand}')
+    try:
+        script, *flags = shlex.split(prepare)
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+        if not os.path.isfile(path):
+            raise ValueError(f'no script {script} beside train.py')
+    except ValueError as error:
+        fail(f'prepare={prepare!r}: {error}; it takes a script and its flags; type --prepare="prepare_shakespeare.py"')
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{folder} is missing: running {prepare}', file=sys.stderr, flush=True)
+        status = subprocess.run([sys.executable, path, *flags, f'--data_dir={data_dir}']).returncode
+        if status:
+            sys.exit(status if status > 0 else 128 - status)
+        if not find_dataset(name, data_dir)[1]:
+            fail(f'{folder} still has no train.bin and val.bin: prepare={prepare!r} makes another dataset; '
+                 f'type its name as --dataset')
 
 
 def _shards(folder, split, all_of_them=False):

@@ -8,16 +8,11 @@ Train a GPT: one straight story from knobs to a finished model.
 
 Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
 """
-import contextlib
 import csv
-import itertools
 import json
 import math
 import os
 import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -29,9 +24,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import plots
 import runtime
 from configurator import checked, configure, fail
-from data import PREPARE, Dataset, TrainingWindows, evaluation_batches, find_dataset
+from data import Dataset, TrainingWindows, evaluation_batches, prepare_missing
 from model import GPT, GPTConfig
 from runtime import say
 
@@ -98,7 +94,6 @@ device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
 knobs, given = configure(globals(), runtime.find_device)
-OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what is written into out_dir
 signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
@@ -154,45 +149,18 @@ if gradient_accumulation_steps % ranks:
 dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 
 # ---- data ----------------------------------------------------------------------------------------------------------
-folder, ready = find_dataset(dataset, data_dir)
-if not ready and not prepare:
-    fail(f'{folder} has no train.bin and val.bin; make them first: {PREPARE.get(dataset, "see the prepare scripts")}')
-makes = next((name for name, command in PREPARE.items() if f'python {prepare}'.startswith(command)), dataset)
-if not ready and makes != dataset:
-    fail(f'{folder} has no train.bin and val.bin, and prepare={prepare!r} makes {makes}; make them first: '
-         f'{PREPARE.get(dataset, "see the prepare scripts")}')
-if not ready and int(os.environ.get('LOCAL_RANK', 0)) == 0:
-    try:
-        script, *flags = shlex.split(prepare)
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *flags]
-        if not os.path.isfile(command[1]):
-            raise ValueError(f'no script {script} beside train.py')
-    except ValueError as error:
-        fail(f'prepare={prepare!r}: {error}; it takes a script and its flags; type --prepare="prepare_shakespeare.py"')
-    say(f'{folder} is missing: running {prepare}')
-    status = subprocess.run([*command, f'--data_dir={data_dir}']).returncode
-    if status or signals.caught:
-        sys.exit(128 + signals.caught if signals.caught else status)
+prepare_missing(dataset, data_dir, prepare)
+if signals.caught:
+    sys.exit(128 + signals.caught)
 if ranks > 1:
     dist.barrier()
-if not find_dataset(dataset, data_dir)[1]:
-    fail(f'{folder} still has no train.bin and val.bin: prepare={prepare!r} makes another dataset; type its name as --dataset')
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
 
-try:
-    os.makedirs(out_dir, exist_ok=True)
-    for name in OWN:
-        if os.path.isdir(os.path.join(out_dir, name)):
-            raise IsADirectoryError(0, f'{name} is a folder')
-    with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
-        os.remove(f.name)
-    lock = runtime.lock(out_dir) if rank == 0 else None   # kept until this process ends
-except OSError as error:
-    fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
+lock = checkpoint.open_folder(out_dir, rank)
 
 # ---- model and optimizers ------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
@@ -205,7 +173,7 @@ elif not (model := pretrained):
 expected = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state()
 if (expected not in (None, data.tokenizer.state()) or data.vocab_size > model.config.vocab_size
         or pretrained and not expected and data.vocab_size != model.config.vocab_size):
-    fail(f'{path} was trained with another tokenizer than that of {folder} ({model.config.vocab_size:,} and '
+    fail(f'{path} was trained with another tokenizer than that of {data.folder} ({model.config.vocab_size:,} and '
          f'{data.vocab_size:,} symbols); type --dataset=NAME for one with the same')
 model.drawable = data.vocab_size
 parameters, flops_per_token = model.num_params(), model.flops_per_token()
@@ -359,45 +327,6 @@ def log_row(**row):
             write({key: value for key, value in row.items() if value != ''}, row['iter'])
 
 
-def logged_rows():
-    """The rows of log.csv, whole ones only: a machine that failed, or an editor, may have left something else."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, csv.Error), open(log_path, newline='', encoding='utf-8', errors='replace') as f:
-        for row in csv.DictReader(f):
-            if None not in row.values() and re.fullmatch('[0-9]{1,15}', row.get('iter') or ''):
-                rows.append(row)
-    return rows
-
-
-def plot_losses():
-    """loss.png: both losses of log.csv against tokens."""
-    try:
-        import matplotlib  # here: training needs it for this picture alone, and goes on without
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    rows = logged_rows()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
-        try:
-            points = [(float(int(row['tokens'])), float(row[key])) for row in rows if row[key]]
-        except (KeyError, ValueError, OverflowError) as error:   # somebody edited it: a picture is not worth a run
-            say(f'iter {step}: no loss.png from this {log_path} ({error})')
-            break
-        if points:
-            axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
-    axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=f'{dataset}, {parameters:,} parameters')
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    try:
-        figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110, bbox_inches='tight')
-    except OSError as error:
-        say(f'iter {step}: loss.png could not be written ({error.strerror})')
-    plt.close(figure)
-
-
 def print_sample():
     """Show what the model writes now, after the first token of the validation split."""
     first = torch.tensor(data.split('val')[0][:1].astype(np.int64), device=device)[None]           # (1, 1)
@@ -436,15 +365,8 @@ if rank == 0 and not eval_only:
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     try:
-        if init_from == 'scratch' and any(os.path.lexists(os.path.join(out_dir, name)) for name in OWN[:3]):
-            # a command typed again by mistake must not cost a run
-            n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out_dir, f'earlier-{n}')))
-            earlier = os.path.join(out_dir, f'earlier-{n}')
-            say(f'{out_dir} holds an earlier run: moved to {earlier}; --init_from=resume would have gone on with it')
-            os.makedirs(earlier)
-            for name in OWN:
-                if os.path.lexists(os.path.join(out_dir, name)):
-                    os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
+        if init_from != 'resume':
+            checkpoint.set_aside(out_dir)
         with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
             versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
             resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
@@ -453,7 +375,7 @@ if rank == 0 and not eval_only:
             writer = csv.DictWriter(f, columns, extrasaction='ignore')
             writer.writeheader()
             if init_from == 'resume':   # which writes the rows from its checkpoint on anew
-                writer.writerows(row for row in logged_rows() if int(row['iter']) < step)
+                writer.writerows(row for row in plots.read_log(log_path) if int(row['iter']) < step)
         os.replace(log_path + '.part', log_path)
         runtime.begun(mark=True)
     except OSError as error:
@@ -503,7 +425,7 @@ while True:
     if last:
         log_row(iter=step, tokens=step * tokens_per_step, val_loss=f'{val_loss:.6f}', seconds=f'{seconds:.3f}')
     if val_loss is not None and rank == 0:
-        plot_losses()
+        plots.losses(log_path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
     due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
                                 bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
     caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)], device)

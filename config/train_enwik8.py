@@ -16,7 +16,7 @@ if device == 'cpu':
     min_lr = 0.0
     weight_decay = 0.0
     warmup_iters = 100
-    max_iters = 4000
+    max_iters = 3600      # ten minutes
     eval_interval = 500
     eval_iters = 50
     log_interval = 50

@@ -28,7 +28,7 @@ def read(name, split):
 
 # ---- pieces and tokens of them -------------------------------------------------------------------------------------
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.text(st.sampled_from("ab1'!. \n\t\r\x1c\x85\u00a0\u3000é你e\u0301🎉st<|endoftext|>"), max_size=40), max_size=8), st.integers(1, 20))
 def test_pieces_are_the_text_and_cut_where_gpt2_cuts(blocks, size):
     text, parts = ''.join(blocks), list(data.pieces(blocks, size))
@@ -38,7 +38,7 @@ def test_pieces_are_the_text_and_cut_where_gpt2_cuts(blocks, size):
         os.environ['TIKTOKEN_CACHE_DIR'] = str(SHARED / 'tiktoken')
         import tiktoken
         encode = tiktoken.get_encoding('gpt2').encode_ordinary
-        if all(len(part) < 16 * size for part in parts):   # none was cut by force
+        if all(part[0] in ' \n' for part in parts[1:]):   # none was cut by force
             assert [i for part in parts for i in encode(part)] == encode(text)
 
 

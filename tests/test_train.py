@@ -503,4 +503,4 @@ def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     open('out/log.csv', 'w').write('\n'.join(lines) + '\n')
     result = script('train.py', *TINY, '--init_from=resume')
     assert result.code == 0 and not os.path.exists('out/log.csv.part'), result.err
-    assert ('no loss.png' in result.err) == (column in (1, 2))
+    assert ('no out/loss.png from' in result.err) == (column in (1, 2))
