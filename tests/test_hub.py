@@ -2,13 +2,14 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXT, read_log
+from conftest import ROOT, TEXT, read_log
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -250,6 +251,22 @@ def test_export(trained, folder, script):
     assert script('sample.py', '--init_from=exported', *flags).out == text + '\n'
 
 
+@pytest.mark.parametrize('kind', ['byte', 'gpt2'])
+def test_export_with_the_other_tokenizers(folder, script, gpt2_files, kind):
+    """Text in, greedy text out, in transformers and here; ids above the tokenizer's are padding."""
+    torch.manual_seed(0)
+    tokenizer = data.make_tokenizer(kind)
+    model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size + 47, n_layer=1, n_head=1, n_embd=8))
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    checkpoint.save('a.pt', dict(format=1, model=model.state_dict(), model_args=asdict(model.config), tokenizer=tokenizer.state()))
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=exported').code == 0
+    theirs, encoder = transformers.AutoModelForCausalLM.from_pretrained('exported'), transformers.AutoTokenizer.from_pretrained('exported')
+    ids = torch.tensor([encoder.encode('né 二 🎉')])
+    text = encoder.decode(theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False, pad_token_id=0)[0])
+    flags = ['--start=né 二 🎉', '--temperature=0', '--max_new_tokens=15', '--device=cpu', '--dtype=float32']
+    assert script('sample.py', '--init_from=exported', *flags).out == text + '\n' == script('sample.py', '--checkpoint=a.pt', *flags).out
+
+
 def test_export_refusals(trained, folder, refused, script):
     refused('export_hf.py', f'--checkpoint={trained}/last.pt', words=['--to'])
     (folder / 'full').mkdir()
@@ -288,6 +305,46 @@ def test_fine_tuning(mini, script, refused):
     refused('train.py', *common[:-2], '--block_size=65', words=['block_size=65', '64 positions'])
     hf_model().save_pretrained('larger')
     refused('train.py', '--init_from=larger', *common[1:], words=['another tokenizer', '1,003'])
+
+
+@pytest.mark.parametrize('name, parameters', [('train_gpt2', 124_439_808), ('train_gpt2_nobias', 124_412_160),
+                                              ('train_enwik8_gpt2', 163_037_184)])
+def test_sizes_of_the_configs(folder, name, parameters):
+    """To the last parameter, on whatever device."""
+    from configurator import configure
+    text = (ROOT / 'train.py').read_text().partition('# ---- knobs')[2].partition('knobs, given')[0]
+    for device in ('cpu', 'cuda'):
+        knobs = {}
+        exec('#' + text, knobs)
+        configure(knobs, lambda name, device=device: device, [str(ROOT / f'config/{name}.py')])
+        fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
+        with torch.device('meta'):
+            assert GPT(GPTConfig(**fields)).num_params() == parameters
+        if name == 'train_enwik8_gpt2':
+            assert knobs['batch_size'] * knobs['gradient_accumulation_steps'] == 64 and knobs['dtype'] == 'auto'
+
+
+@pytest.mark.parametrize('name', ['finetune_shakespeare', 'eval_gpt2', 'eval_gpt2_medium', 'eval_gpt2_large', 'eval_gpt2_xl'])
+def test_configs_for_gpt2(folder, script, gpt2_files, monkeypatch, name):
+    """With a random GPT-2 of its vocabulary in the hub's cache, as each config comes."""
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(folder / 'hub'))
+    theirs = hf_model(n_layer=1, n_head=2, n_embd=8, vocab_size=50257, n_positions=1024)
+    size = name.removeprefix('eval_').replace('_', '-') if name.startswith('eval') else 'gpt2'
+    theirs.save_pretrained(f'hub/models--{size}/snapshots/abc')
+    os.makedirs(f'hub/models--{size}/refs')
+    Path(f'hub/models--{size}/refs/main').write_text('abc')
+    Path('short.txt').write_text(TEXT[:4000])
+    assert script('prepare_shakespeare.py', '--tokenizer=gpt2', '--input=short.txt').code == 0
+    result = script('train.py', f'config/{name}.py', '--device=cpu', '--dtype=float32', *['--max_iters=2', '--eval_iters=1', '--batch_size=1'] * (name[0] == 'f'))
+    assert result.code == 0, result.err
+    assert ('done: 2 steps' if name[0] == 'f' else 'val loss') in result.err
+    if name == 'eval_gpt2':
+        x, y = next(data.evaluation_batches(data.Dataset('shakespeare'), 'val', 1024, 1))
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten(), ignore_index=-1).item()
+        assert f'val loss {loss:.4f}' in result.err
 
 
 # ---- nanoGPT -------------------------------------------------------------------------------------------------------
