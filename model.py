@@ -122,6 +122,10 @@ class LayerCache:
     def __init__(self, size):
         self.size, self.length = size, 0
 
+    def expand(self, rows):
+        """Let as many rows go on from the one that was read."""
+        self.k, self.v = (t.repeat(rows, 1, 1, 1) for t in (self.k, self.v))
+
     def append(self, k, v):
         """Add T tokens' k and v (B, nh, T, hs); returns all so far, (B, nh, S, hs)."""
         if self.length == 0:   # the first keys tell batch, heads, dtype and device
@@ -250,12 +254,14 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-               generator=None, kv_cache=True):
-        """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate."""
+               chance=None, kv_cache=True):
+        """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate, and
+        chance: numbers from [0, 1) that decide the draws, (B, max_new_tokens); not needed at temperature 0. With one row of idx
+        and several of chance the prompt is read once for all of them."""
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: idx needs at least one token, such as the end-of-text token or a newline")
-        cache, block_size = None, self.config.block_size
-        for _ in range(max_new_tokens):
+        cache, block_size, rows = None, self.config.block_size, idx.size(0) if chance is None else chance.size(0)
+        for i in range(max_new_tokens):
             if kv_cache and idx.size(1) <= block_size:
                 if cache is None:
                     cache = [LayerCache(block_size) for _ in self.transformer.h]
@@ -263,7 +269,14 @@ class GPT(nn.Module):
             else:   # past block_size every position of the window shifts, and what was cached is no longer true
                 x = self.hidden(idx[:, -block_size:])
             logits = self.lm_head(x[:, -1])[:, :self.drawable].float()                            # (B, V)
-            new = draw(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)     # (B, 1)
+            if idx.size(0) < rows:
+                idx, logits = idx.expand(rows, -1), logits.expand(rows, -1)
+                for layer in cache or ():
+                    layer.expand(rows)
+            if temperature == 0:
+                new = penalized(logits, idx, repetition_penalty).argmax(dim=1, keepdim=True)      # (B, 1)
+            else:
+                new = draw(probabilities(logits, idx, temperature, top_k, top_p, repetition_penalty), chance[:, i:i + 1])
             idx = torch.cat((idx, new), dim=1)                                                    # (B, T + 1)
             yield new
 
@@ -273,13 +286,17 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest that hold that share of
         the probability. stop: a token id or several; a row that draws one repeats it, and all rows done end the call.
+        generator: a row's draws depend on it and on the row's number alone, not on how many rows there are.
         The kv_cache changes the speed and not the text."""
         was_training, stop = self.training, torch.as_tensor([] if stop is None else stop, device=idx.device).view(-1)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        device = 'cpu' if generator is None else generator.device
+        first = int(torch.randint(2**62, (), generator=generator, device=device)) if temperature else 0
+        chance = chances([first + row for row in range(idx.size(0))], max_new_tokens).to(idx.device)
         self.eval()
         try:
             tokens = [idx]
-            for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, generator, kv_cache):
+            for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, chance, kv_cache):
                 tokens.append(torch.where(done, tokens[-1][:, -1:], new))
                 done = done | torch.isin(tokens[-1], stop)
                 if stop.numel() and done.all():
@@ -429,16 +446,20 @@ def fetch_pretrained(name):
     return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors', 'tokenizer.json', 'vocab.json'])
 
 
-def draw(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
-    """One token a row from logits (B, V), given the tokens before it (B, T) -> (B, 1).
+def penalized(logits, idx, repetition_penalty):
+    """CTRL's penalty (arXiv 1909.05858): of logits (B, V), those of the tokens in idx (B, T) become less likely."""
+    if repetition_penalty == 1.0:
+        return logits
+    seen = logits.gather(1, idx)
+    seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+    return logits.scatter(1, idx, seen.clamp(-1e30, 1e30))   # an extreme penalty must not become inf - inf
 
-    Penalty, temperature, top_k, top_p, in the order and with the meaning transformers gives them."""
-    if repetition_penalty != 1.0:   # CTRL's (arXiv 1909.05858): tokens already seen become less likely
-        seen = logits.gather(1, idx)
-        seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-        logits = logits.scatter(1, idx, seen.clamp(-1e30, 1e30))   # an extreme penalty must not become inf - inf
-    if temperature == 0:
-        return logits.argmax(dim=1, keepdim=True)
+
+def probabilities(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0):
+    """What the next token is drawn from: logits (B, V), and the tokens so far (B, T) -> (B, V), rows sum to 1.
+
+    Penalty, temperature (above 0), top_k, top_p, in the order and with the meaning transformers gives them."""
+    logits = penalized(logits, idx, repetition_penalty)
     logits = (logits - logits.amax(dim=1, keepdim=True)) / max(temperature, 1e-20)   # never above 0, never 0/0
     if top_k is not None and top_k < logits.size(1):
         kept = logits.topk(top_k)   # exactly k, also on ties
@@ -448,4 +469,18 @@ def draw(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalt
         before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)   # mass of the likelier tokens
         beyond = (before >= top_p) & (before > 0)   # never the likeliest
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
-    return torch.multinomial(logits.softmax(dim=1), num_samples=1, generator=generator)
+    return logits.softmax(dim=1)
+
+
+def chances(seeds, count):
+    """Uniform numbers from [0, 1), (len(seeds), count): a row is decided by its seed alone, on every device."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows).float().clamp(max=1 - 2**-24)
+
+
+def draw(probs, chance):
+    """The token at which the running sum of probs (B, V) passes chance (B, 1) -> (B, 1)."""
+    precise = torch.float32 if probs.device.type == 'mps' else torch.float64   # which Apple's GPUs do not have
+    mass = probs.to(precise).cumsum(dim=1)                                                        # (B, V)
+    drawn = torch.searchsorted(mass, chance.to(precise) * mass[:, -1:], right=True)   # never one of probability 0
+    return drawn.clamp(max=probs.size(1) - 1)

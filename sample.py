@@ -17,6 +17,8 @@ import torch
 import checkpoint as checkpoints
 import runtime
 from configurator import configure, fail
+from data import END_OF_TEXT
+from model import chances
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -31,7 +33,7 @@ top_k = None             # keep the k likeliest tokens only
 top_p = None             # keep the fewest tokens that hold this share of the probability
 repetition_penalty = 1.0  # above 1, tokens already seen become less likely
 stop = ''                # end a text before this string
-seed = 1337              # of the first sample; the next ones count up from it
+seed = 1337              # of the first sample; the next ones count up from it, however many there are
 kv_cache = True          # remember keys and values of earlier tokens: same text, faster
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for matrix products
@@ -88,20 +90,37 @@ def write(text):
     sys.stdout.buffer.flush()
 
 
+heads = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
+decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in heads]   # hold a character back until it is whole
+held = [''] * num_samples      # of each text what may be the beginning of `stop`
+later = heads[:]               # and what is printed when the texts before it are
+ended = [False] * num_samples
+last_token = tokenizer.vocab_size - 1 if tokenizer.opening == END_OF_TEXT else None
+
+
+def add(i, text):
+    """Show more of text i: the first one as it is written, the others after it."""
+    if i == 0:
+        write(text)
+    else:
+        later[i] += text
+
+
+add(0, heads[0])
+chance = chances([seed + i for i in range(num_samples)], max_new_tokens).to(device)                # (B, new)
+with runtime.autocast(device, dtype):
+    for new in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, chance, kv_cache):
+        for i, token in enumerate(new[:, 0].tolist()):
+            if not ended[i]:
+                ended[i] = token == last_token
+                held[i] += '' if ended[i] else decoders[i].decode(tokenizer.decode([token]))
+                if stop and stop in held[i]:
+                    held[i], ended[i] = held[i].partition(stop)[0], True
+                sure = len(held[i]) if ended[i] else max(0, len(held[i]) - len(stop) + 1) if stop else len(held[i])
+                add(i, held[i][:sure])
+                held[i] = held[i][sure:]
+        if all(ended):
+            break
 for i in range(num_samples):
-    if num_samples > 1:
-        write(f'{"-" * 15} sample {i + 1}\n')
-    write(prompt)
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')   # holds a character back until all its bytes are there
-    generator = torch.Generator(device).manual_seed(seed + i)
-    held = ''   # what may be the beginning of `stop`
-    with runtime.autocast(device, dtype):
-        for new in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, generator, kv_cache):
-            held += decoder.decode(tokenizer.decode(new[0].tolist()))
-            if stop and stop in held:
-                held = held.partition(stop)[0]
-                break
-            sure = max(0, len(held) - len(stop) + 1) if stop else len(held)
-            write(held[:sure])
-            held = held[sure:]
-    write(held + decoder.decode(b'', final=True) + '\n')
+    add(i, held[i] + decoders[i].decode(b'', final=True) * (not ended[i]) + '\n')
+write(''.join(later[1:]))

@@ -310,24 +310,59 @@ def test_generate():
         net.generate(idx[:, :0], 3)
 
 
-def test_draw_follows_the_distribution():
+@pytest.mark.parametrize('knobs', [{}, dict(temperature=0.5), dict(top_k=3), dict(top_p=0.8), dict(top_k=4, top_p=0.9, temperature=2.0),
+                                   dict(repetition_penalty=1.7, top_k=5)])
+def test_draws_follow_the_distribution(knobs):
     """Chi-squared of 20,000 draws against the exact probabilities, a false alarm in 1,000 at a fixed seed."""
-    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
-    for knobs, expected in (({}, logits.softmax(1)), (dict(temperature=0.5), (2 * logits).softmax(1)),
-                            (dict(top_k=3), F.pad(logits[:, :3].softmax(1), (0, 3))),
-                            (dict(top_p=0.8), F.pad(logits[:, :3].softmax(1), (0, 3)))):
-        drawn = gpt.draw(logits.expand(20000, 6), torch.zeros(20000, 1, dtype=torch.long), **knobs,
-                         generator=torch.Generator().manual_seed(0))
-        counts = torch.bincount(drawn.flatten(), minlength=6)
-        possible = expected[0] > 0
-        assert counts[~possible].sum() == 0
-        chi2 = ((counts - 20000 * expected[0])[possible] ** 2 / (20000 * expected[0][possible])).sum()
-        assert chi2 < 20.5
+    idx, logits = torch.tensor([[0, 3]]), torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
+    probs = gpt.probabilities(logits, idx, **knobs)
+    drawn = gpt.draw(probs.expand(20000, 6), gpt.chances([1], 20000).T)
+    counts, possible = torch.bincount(drawn.flatten(), minlength=6), probs[0] > 0
+    assert counts[~possible].sum() == 0
+    chi2 = ((counts - 20000 * probs[0])[possible] ** 2 / (20000 * probs[0][possible])).sum()
+    assert chi2 < 20.5
+
+
+@pytest.mark.parametrize('knobs', [dict(temperature=0.7), dict(top_k=1), dict(top_k=7), dict(top_k=200), dict(top_p=0.3), dict(top_p=0.9),
+                                   dict(repetition_penalty=1.3), dict(repetition_penalty=0.6),
+                                   dict(temperature=1.5, top_k=20, top_p=0.7, repetition_penalty=1.2)])
+def test_probabilities_are_transformers(knobs):
+    """On random logits, against its processors in its order."""
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+    made = dict(repetition_penalty=RepetitionPenaltyLogitsProcessor, temperature=TemperatureLogitsWarper, top_k=TopKLogitsWarper, top_p=TopPLogitsWarper)
+    processors = LogitsProcessorList([made[name](knobs[name]) for name in made if name in knobs])
+    torch.manual_seed(0)
+    for scale in (0.1, 1, 5):
+        logits, idx = scale * torch.randn(16, 120), torch.randint(120, (16, 9))
+        theirs = processors(idx, logits.clone()).softmax(1)
+        assert (gpt.probabilities(logits, idx, **knobs) - theirs).abs().max() < 1e-6
 
 
 def test_top_k_keeps_exactly_k_on_ties():
-    drawn = gpt.draw(torch.zeros(2000, 10), torch.zeros(2000, 1, dtype=torch.long), top_k=3)
-    assert len(drawn.unique()) == 3
+    assert (gpt.probabilities(torch.zeros(5, 10), torch.zeros(5, 1, dtype=torch.long), top_k=3) > 0).sum(1).tolist() == [3] * 5
+
+
+def test_a_draw_at_the_edges():
+    probs = torch.tensor([[0, 0.25, 0, 0.75, 0]])
+    chance = torch.tensor([0, 0.2499, 0.25, 0.9999, 1 - 2**-24])
+    assert gpt.draw(probs.expand(5, 5), chance[:, None]).flatten().tolist() == [1, 1, 3, 3, 3]
+
+
+def test_a_rows_text_does_not_depend_on_the_others():
+    net, idx = rough(small()).eval(), tokens(5, 4)
+    whole = net.generate(idx, 12, generator=torch.Generator().manual_seed(3))
+    for rows in (1, 3):
+        assert torch.equal(net.generate(idx[:rows], 12, generator=torch.Generator().manual_seed(3)), whole[:rows])
+    chance = gpt.chances([5, 6, 7], 12)
+    together = torch.cat(list(net.stream(idx[:1], 12, chance=chance)), 1)   # one prompt, read once
+    for row in range(3):
+        assert torch.equal(torch.cat(list(net.stream(idx[:1], 12, chance=chance[row:row + 1])), 1)[0], together[row])
 
 
 # ---- shapes that cannot exist --------------------------------------------------------------------------------------
