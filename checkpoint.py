@@ -20,7 +20,7 @@ import torch
 from configurator import fail
 from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained
-from runtime import lock, say
+from runtime import say
 
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
@@ -91,7 +91,7 @@ def save(path, checkpoint, previous=None):
 
 
 def open_folder(out_dir, rank):
-    """Make a run's folder; returns rank 0's lock on it, to be kept. Fails now for what would fail at the first save."""
+    """Make a run's folder; fails now for what would fail at the first save."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         for name in OWN:
@@ -99,7 +99,6 @@ def open_folder(out_dir, rank):
                 raise IsADirectoryError(0, f'{name} is a folder')
         with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
             os.remove(f.name)
-        return lock(out_dir) if rank == 0 else None
     except OSError as error:
         fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
 
@@ -227,13 +226,15 @@ def build_model(loaded, path, **overrides):
 def from_hub(name, **fields):
     """(model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder; tokenizer is None where the folder has none."""
     try:
+        if name in ('', 'scratch') or not os.path.isdir(name) and (name[0] in './~' or name.count('/') > 1):
+            raise ValueError('there is no such folder')
         folder = fetch_pretrained(name)
         model, tokenizer = GPT.from_pretrained(folder, **fields), read_hf_tokenizer(folder)
     except ImportError as error:
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())[:400]
-        fail(f'init_from={name}: {reason}; allowed are resume, scratch in train.py, gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
+        fail(f'init_from={name}: {reason}; allowed are resume, scratch (train.py), gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
              f'distilgpt2, another GPT-2 on huggingface.co, and a folder with config.json and model.safetensors; '
              f'type --init_from=gpt2')
     if tokenizer is None and model.config.vocab_size == 50257:
@@ -247,7 +248,7 @@ def open_model(init_from, out_dir, checkpoint, data_dir, **fields):
     """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
     init_from='resume' takes the checkpoint named or the best in out_dir, anything else is from_hub's."""
     if init_from != 'resume':
-        model, tokenizer = from_hub(init_from, **fields)
+        model, tokenizer = from_hub(init_from, dropout=0.0, **fields)
         if tokenizer is None:
             fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
         return model, tokenizer, init_from, {}

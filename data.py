@@ -5,6 +5,7 @@ A dataset is a folder, data/<name>/, with train.bin, val.bin (test.bin) and meta
 train_000.bin, train_001.bin, ...) are raw little-endian uint16 (uint32 above 65,536 symbols) and nothing else;
 meta.json says how to read them and what they must hash to. nanoGPT's files are read as well.
 """
+import contextlib
 import functools
 import glob
 import hashlib
@@ -34,14 +35,16 @@ END_OF_TEXT = '<|endoftext|>'
 PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
            'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2',
+           'openwebtext': 'python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2',
            'enwik8': 'python prepare_enwik8.py --tokenizer=byte', 'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
 
 
-# ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, and opening, the text
-# ---- that generation begins with when there is no prompt -----------------------------------------------------------
+# ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, opening, the text
+# ---- that generation begins with when there is no prompt, and end, the token that ends one -----------------------------
 
 class CharTokenizer:
     """One token a character, numbered in the order of their code points."""
+    end = None   # the token that ends a text
 
     def __init__(self, chars):
         self.chars = ''.join(sorted(set(chars)))
@@ -69,7 +72,7 @@ class CharTokenizer:
 
 class ByteTokenizer:
     """One token a byte of UTF-8: any text, 256 symbols."""
-    vocab_size, opening = 256, '\n'
+    vocab_size, opening, end = 256, '\n', None
 
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8', 'surrogateescape'), dtype=np.uint8)
@@ -83,7 +86,7 @@ class ByteTokenizer:
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, through tiktoken."""
-    vocab_size, opening = 50257, END_OF_TEXT
+    vocab_size, opening, end = 50257, END_OF_TEXT, 50256
 
     def __init__(self):
         import tiktoken  # here, so that characters and bytes need torch and numpy alone
@@ -330,6 +333,8 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
     finally:
         for path in glob.glob(os.path.join(glob.escape(folder), f'*.{os.getpid()}.part')):
             os.remove(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)   # if nothing is in it
     return meta
 
 
@@ -440,11 +445,11 @@ class Dataset:
         return '\n'.join(('=' * 80, *(line[:300] for line in lines), '=' * 80))
 
 
-def find_dataset(name, data_dir='data', needs=('train', 'val')):
+def find_dataset(name, data_dir='data', needs=('train', 'val'), knob='dataset'):
     """The folder of a dataset, and whether its token files are there; fails for a name that is a path."""
     if not re.fullmatch(r'[\w][\w.-]*', name):
-        fail(f'dataset={name!r} is not a name: letters, digits, _ - and . are allowed, and it is looked for in {data_dir}/; '
-             f'type --dataset=shakespeare_char')
+        fail(f'{knob}={name!r} is not a name: letters, digits, _ - and . are allowed, and its folder is in {data_dir}/; '
+             f'type --{knob}={"shakespeare_char" if knob == "dataset" else "mine"}')
     folder = os.path.join(data_dir, name)
     return folder, all(_shards(folder, split) for split in needs)
 
@@ -565,6 +570,7 @@ def evaluation_batches(dataset, split, block_size, batch_size, batches=None, ran
         fail(f'{dataset.folder}: the {split} split has no two tokens in a row to predict; use more text')
     if batches is not None:
         taken = min(n, batches * batch_size)
+    batch_size = min(batch_size, taken)
     for first in range(0, taken, batch_size * ranks):   # all ranks take the same number of batches, all of one shape
         x, y = np.zeros((batch_size, block_size), dtype=np.int64), np.full((batch_size, block_size), -1, dtype=np.int64)
         for row, i in enumerate(range(first + rank * batch_size, min(taken, first + (rank + 1) * batch_size))):

@@ -10,6 +10,7 @@ Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a tab
 """
 import contextlib
 import math
+import os
 import sys
 import time
 from json import dumps
@@ -43,6 +44,8 @@ if split not in ('train', 'val', 'test'):
     fail(f'split={split!r}: allowed are train, val, test; type --split=val')
 if batch_size < 1:
     fail(f'batch_size={batch_size}: it must be 1 or more; type --batch_size=16')
+if json not in ('', '-') and (os.path.isdir(json) or not os.access(os.path.dirname(os.path.abspath(json)), os.W_OK)):
+    fail(f'json={json} cannot be written; type --json=FILE for another place, or --json=- for stdout')   # now, not at the end
 model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 block_size = model.config.block_size
 if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
@@ -53,7 +56,9 @@ if not dataset:
     fail(f'{where} does not say which dataset it is of; type --dataset=NAME')
 folder, ready = find_dataset(dataset, data_dir, needs=(split,))
 if not ready:
-    fail(f'{folder} has no {split}.bin; type --split=val, or make it: {PREPARE.get(dataset, "see the prepare scripts")}')
+    others = [name for name in ('val', 'train', 'test') if find_dataset(dataset, data_dir, needs=(name,))[1]]
+    fail(f'{folder} has no {split}.bin' + (f'; it has {", ".join(others)}; type --split={others[0]}' if others else
+         f', nor any other; make it first: {PREPARE.get(dataset, "see the prepare scripts")}'))
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())

@@ -40,15 +40,14 @@ part = None
 try:
     parent = os.path.dirname(os.path.abspath(to))
     os.makedirs(parent, exist_ok=True)
-    part = tempfile.mkdtemp(prefix='.export-', dir=parent)   # takes its name when all of it is there
+    part = tempfile.mkdtemp(prefix='.export-', dir=parent)   # on the same disk; moved when all of it is there
     model.save_pretrained(part)
     for name, content in hf_tokenizer_files(tokenizer, model.config.block_size).items():
         with open(os.path.join(part, name), 'w', encoding='utf-8') as f:
             f.write(content)
-    os.chmod(part, 0o755)   # mkdtemp's is its owner's alone
-    if os.path.isdir(to):
-        os.rmdir(to)
-    os.replace(part, to)
+    os.makedirs(to, exist_ok=True)
+    for name in sorted(os.listdir(part), key='config.json'.__eq__):   # config.json last: without it nothing is a model
+        os.replace(os.path.join(part, name), os.path.join(to, name))
 except ValueError as error:
     fail(f'{where}: {error}; what can be exported is GPT-2 itself: pos=learned, norm=pre, residual=True, qk_norm=False')
 except OSError as error:

@@ -323,9 +323,9 @@ class GPT(nn.Module):
                  if have.get(name) != want.get(name)]
         if wrong:
             raise ValueError('; '.join(wrong[:4]) + f'; and {len(wrong) - 4} more' * (len(wrong) > 4))
+        if not all(p.is_floating_point() and p.isfinite().all() for p in weights.values()):
+            raise ValueError('some of the weights are not finite numbers')
         weights = {name: p.float() for name, p in weights.items()}
-        if not all(p.isfinite().all() for p in weights.values()):
-            raise ValueError('some of the weights are not finite')
         model.load_state_dict(weights, assign=True)
         if config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
@@ -350,6 +350,7 @@ class GPT(nn.Module):
         other += [key for key, (_, default) in HF_FIELDS.items() if type(hf[key]) is not type(default)]
         other += ['n_inner'] * (hf.get('n_inner') is not None and hf['n_inner'] != 4 * hf['n_embd'])
         other += ['activation_function'] * (hf['activation_function'] not in tuple(HF_ACTIVATIONS))
+        other += ['resid_pdrop'] * (dropout is None and type(hf['resid_pdrop']) not in (int, float))
         if other:
             raise ValueError(f'{name} is no GPT-2 as it is known here: {", ".join(f"{key}={hf[key]!r}" for key in other)}')
         fields = {ours: hf[theirs] for theirs, (ours, _) in HF_FIELDS.items()}
@@ -408,6 +409,7 @@ class GPT(nn.Module):
         for name, content in (('generation_config', generation), ('config', hf)):
             with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=1)
+        os.chmod(os.path.join(folder, 'model.safetensors'), os.stat(os.path.join(folder, 'config.json')).st_mode)   # not 0600
 
     # ---- what the training loop asks of the model ------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ import hashlib
 import os
 import signal
 import sys
-import zipfile
 import zlib
 
 import numpy as np
@@ -43,18 +42,23 @@ try:
     if not input and not (os.path.exists(path) and os.path.getsize(path) == ZIP_SIZE):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         download(url, path, ZIP_SIZE, ZIP_SHA256)
-    if zipfile.is_zipfile(path):
+    with open(path, 'rb') as f:
+        zipped = f.read(2) == b'PK'
+    if zipped:
         raw = unzip(path, 'enwik8', SIZE)
     else:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as f:
             raw = f.read(SIZE + 1)   # never more than that, whatever a .gz unpacks to
 except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-    fail(f'{path}: {error}; type --input=FILE for a local copy of enwik8.zip, enwik8.gz or enwik8')
+    fail(f'{error if path in str(error) else f"{path}: {error}"}; type --input=FILE for a local copy of enwik8.zip, enwik8.gz '
+         f'or enwik8, whole; a part of it (--partial) is a .gz or the text itself')
 
 digest = hashlib.sha256(raw).hexdigest()
 if len(raw) >= SIZE and digest != SHA256:
     fail(f'{path} is not enwik8: {len(raw):,} bytes or more with another SHA-256; for another text type '
          f'python prepare_text.py --input=FILE --name=NAME')
+if not raw.startswith(b'<mediawiki xmlns='):
+    fail(f'{path} does not begin as enwik8 does; for another text type python prepare_text.py --input=FILE --name=NAME')
 if len(raw) < SIZE and not partial:
     fail(f'{path} has {len(raw):,} bytes and enwik8 {SIZE:,}; type --partial to take it as a part of enwik8')
 if len(raw) < 1000:

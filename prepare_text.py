@@ -25,8 +25,9 @@ import zlib
 
 from tqdm import tqdm
 
+import data
 from configurator import configure, fail
-from data import END_OF_TEXT, encode_all, find_dataset, make_tokenizer, pieces, write_dataset
+from data import encode_all, find_dataset, make_tokenizer, pieces, write_dataset
 
 input = ''           # a file, a folder (all its .txt, .md, .jsonl, also .gz of these), or a pattern in quotes
 name = ''            # of the dataset: a folder in data_dir
@@ -43,7 +44,7 @@ BLOCK = 1 << 20   # bytes read at a time
 again = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
 if not input or not name:
     fail(f'--input and --name are needed: what to read and what to call it; {again}')
-folder, _ = find_dataset(name, data_dir)
+folder, _ = find_dataset(name, data_dir, knob='name')
 if not 0 < val_fraction < 1:
     fail(f'val_fraction={val_fraction}: allowed is a share above 0 and below 1; type --val_fraction=0.1')
 if shard_tokens < 1000:
@@ -83,8 +84,9 @@ def line_text(path, number, line):
     try:
         content = json.loads(line)
         if not isinstance(content, dict) or not isinstance(content.get(field), str):
-            has = ', '.join(content) if isinstance(content, dict) else 'no fields'
-            stop(f'{path}, line {number}: no text in a field {field!r}; it has {has[:200]}; type --field=NAME')
+            has = content.items() if isinstance(content, dict) else ()
+            has = ', '.join(f'{key} ({type(value).__name__})' for key, value in has) or 'none'
+            stop(f'{path}, line {number}: no field {field!r} with a text; its fields are {has[:200]}; type --field=NAME')
         return content[field].encode('utf-8', 'replace').decode('utf-8')   # JSON can hold half of a surrogate pair
     except (ValueError, RecursionError) as error:
         stop(f'{path}, line {number} is no JSON: {error}; give it another ending than .jsonl if it is plain text')
@@ -107,20 +109,20 @@ def stream(progress):
             if b''.join(held).strip():
                 yield line_text(path, number + 1, b''.join(held))
         else:
-            decoder, held, before = codecs.getincrementaldecoder('utf-8')(), '', 0
+            decoder, held, before = codecs.getincrementaldecoder('utf-8-sig')(), '', 0
             for block in itertools.chain(blocks(path), [b'']):
                 progress(block)
                 try:
                     held += decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
                     stop(f'{path} is not UTF-8 (near byte {before + error.start:,}); '
-                         f'convert it first: iconv -f latin1 -t utf-8')
+                         f'convert it first, if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
                 before += len(block)
-                *whole, held = held.split(END_OF_TEXT)
+                *whole, held = held.split(data.END_OF_TEXT)
                 for text in whole:
                     yield text
                     yield None
-                sure = len(held) - len(END_OF_TEXT) * bool(block)   # the rest may be the beginning of one
+                sure = len(held) - len(data.END_OF_TEXT) * bool(block)   # the rest may be the beginning of one
                 if sure > 0:
                     yield held[:sure]
                     held = held[sure:]
@@ -139,7 +141,7 @@ def texts(split, progress):
                 yield text
             elif (document * for_validation // documents != (document + 1) * for_validation // documents) == (split == 'val'):
                 if separate and not inside:
-                    yield END_OF_TEXT if tokenizer == 'gpt2' else '\n'
+                    yield data.END_OF_TEXT if tokenizer == 'gpt2' else '\n'
                 yield text
                 separate = True
             inside = True
@@ -173,6 +175,8 @@ counts = ', '.join(f'{split} {info["tokens"]:,} in {len(info["sha256"])} file(s)
 print(f'{folder}: {documents:,} document(s), {sum(sizes):,} bytes; {meta["vocab_size"]:,} symbols; tokens: {counts}',
       file=sys.stderr)
 where = f' --data_dir={shlex.quote(data_dir)}' * (data_dir != 'data')
+if min(info['tokens'] for info in meta['splits'].values()) <= 65:
+    print('note: so little text needs a smaller --block_size, or a larger --val_fraction', file=sys.stderr)
 print(f"""now type
     python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name}
     python sample.py --out_dir=out-{name}""", file=sys.stderr)

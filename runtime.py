@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
 
 from configurator import fail
 
@@ -295,10 +296,10 @@ def mean_loss(model, batches, device, dtype):
     model.eval()
     for x, y in batches:
         with autocast(device, dtype):
-            _, loss = model(x.to(device), y.to(device))
-        count = int((y >= 0).sum())
-        if count:   # ranks take the same number of batches, and the last may hold padding alone
-            nats, targets = nats + loss.to('cpu' if device == 'mps' else device, torch.float64) * count, targets + count
+            logits, _ = model(x.to(device))                                                       # (B, T, V)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), ignore_index=-1, reduction='none')
+        nats = nats + losses.to('cpu' if device == 'mps' else device, torch.float64).sum()   # the same for any batch size
+        targets += int((y >= 0).sum())
     model.train(was_training)
     nats, targets = total([float(nats), targets], device)
     return nats / targets

@@ -17,7 +17,6 @@ import torch
 import checkpoint as checkpoints
 import runtime
 from configurator import configure, fail
-from data import END_OF_TEXT
 from model import chances
 from runtime import say
 
@@ -95,7 +94,6 @@ decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in heads]   #
 held = [''] * num_samples      # of each text what may be the beginning of `stop`
 later = heads[:]               # and what is printed when the texts before it are
 ended = [False] * num_samples
-last_token = tokenizer.vocab_size - 1 if tokenizer.opening == END_OF_TEXT else None
 
 
 def add(i, text):
@@ -112,7 +110,7 @@ with runtime.autocast(device, dtype):
     for new in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, chance, kv_cache):
         for i, token in enumerate(new[:, 0].tolist()):
             if not ended[i]:
-                ended[i] = token == last_token
+                ended[i] = token == tokenizer.end
                 held[i] += '' if ended[i] else decoders[i].decode(tokenizer.decode([token]))
                 if stop and stop in held[i]:
                     held[i], ended[i] = held[i].partition(stop)[0], True

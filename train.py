@@ -51,7 +51,7 @@ wandb_project = 'gpt'        # its project
 wandb_run_name = 'gpt2'      # its run
 tensorboard_log = False      # log to out_dir/tensorboard
 # data
-dataset = 'shakespeare_char'  # folder in data_dir
+dataset = 'openwebtext'      # folder in data_dir
 data_dir = 'data'            # where datasets live
 prepare = ''                 # script and flags that make the dataset, run when it is missing
 gradient_accumulation_steps = 40  # micro-steps per optimizer step, over all ranks together
@@ -146,7 +146,6 @@ if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
     fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} ranks; it counts the '
          f'micro-steps of all ranks together; type --gradient_accumulation_steps={nearest}')
-dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 prepare_missing(dataset, data_dir, prepare)
@@ -157,10 +156,17 @@ if ranks > 1:
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
+if resumed or pretrained:
+    expected, had = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state(), args.get('vocab_size')
+    if expected not in (None, data.tokenizer.state()) or type(had) is int and (
+            had < data.vocab_size or pretrained and not expected and had != data.vocab_size):
+        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({had:,} and {data.vocab_size:,} symbols); '
+             f'type --dataset=NAME for one with the same')
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
 
-lock = checkpoint.open_folder(out_dir, rank)
+dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
+checkpoint.open_folder(out_dir, rank)
 
 # ---- model and optimizers ------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
@@ -170,11 +176,6 @@ if resumed:
         say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
 elif not (model := pretrained):
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **{key: knobs[key] for key in shape + training}))
-expected = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state()
-if (expected not in (None, data.tokenizer.state()) or data.vocab_size > model.config.vocab_size
-        or pretrained and not expected and data.vocab_size != model.config.vocab_size):
-    fail(f'{path} was trained with another tokenizer than that of {data.folder} ({model.config.vocab_size:,} and '
-         f'{data.vocab_size:,} symbols); type --dataset=NAME for one with the same')
 model.drawable = data.vocab_size
 parameters, flops_per_token = model.num_params(), model.flops_per_token()
 model.to(device)
@@ -365,6 +366,7 @@ if rank == 0 and not eval_only:
         board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
         trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     try:
+        lock = runtime.lock(out_dir)   # as long as this process lives
         if init_from != 'resume':
             checkpoint.set_aside(out_dir)
         with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
@@ -385,8 +387,6 @@ if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
-    if lock:
-        os.remove(lock.name)
     runtime.leave(0)
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
@@ -481,7 +481,7 @@ while True:
         logged_step, logged_seconds = step + 1, seconds
     step += 1
 
-if lock:
+if rank == 0:
     os.remove(lock.name)
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '

@@ -164,9 +164,11 @@ def harm(kind):
         del weights['transformer.h.3.mlp.c_fc.weight']
     elif kind == 'unexpected':
         weights['score.weight'] = torch.zeros(2, 48)
+    elif kind == 'integers':
+        weights = {name: p.to(torch.int8) for name, p in weights.items()}
     elif kind == 'not finite':
         weights['transformer.wpe.weight'][3, 4] = float('inf')
-    if kind in ('missing', 'unexpected', 'not finite'):
+    if kind in ('missing', 'unexpected', 'not finite', 'integers'):
         save_file(weights, 'theirs/model.safetensors')
     raw = bytearray(Path('theirs/model.safetensors').read_bytes()) if kind in ('cut', 'offsets', 'huge header') else b''
     if kind == 'cut':
@@ -184,7 +186,7 @@ def harm(kind):
     ('text', "n_layer='5'"), ('heads', 'n_head'), ('scaled', 'scale_attn_by_inverse_layer_idx'), ('vocabulary', 'transformer.wte.weight'),
     ('list', 'activation_function'), ('no config', 'config.json'), ('no json', 'Expecting'), ('no object', 'no GPT-2'),
     ('no weights', 'model.safetensors'), ('missing', 'transformer.h.3.mlp.c_fc.weight'), ('unexpected', 'score.weight'),
-    ('not finite', 'not finite'), ('cut', 'model.safetensors'), ('offsets', 'model.safetensors'), ('huge header', 'model.safetensors')])
+    ('not finite', 'not finite'), ('integers', 'not finite numbers'), ('cut', 'model.safetensors'), ('offsets', 'model.safetensors'), ('huge header', 'model.safetensors')])
 def test_what_is_no_gpt2_is_refused(folder, refused, kind, word):
     hf_model().save_pretrained('theirs')
     harm(kind)
@@ -194,7 +196,7 @@ def test_what_is_no_gpt2_is_refused(folder, refused, kind, word):
 def test_name_that_does_not_exist(mini, refused, monkeypatch):
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    for name in ('someone/nobody', 'gpt2-huge', './nowhere', '/nowhere/at/all', 'a b', ''):
+    for name in ('someone/nobody', 'gpt2-huge', './nowhere', '/nowhere/at/all', 'a b', '', '~/x'):
         for script in ('train.py', 'sample.py', 'evaluate.py'):
             refused(script, f'--init_from={name}', words=['init_from', name])
 
@@ -242,6 +244,7 @@ def test_export(trained, folder, script):
     assert script('export_hf.py', f'--checkpoint={trained}/last.pt', '--to=exported').code == 0
     assert sorted(os.listdir('exported')) == ['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
                                               'tokenizer_config.json']
+    assert len({os.stat(f'exported/{name}').st_mode for name in os.listdir('exported')}) == 1
     model = transformers.AutoModelForCausalLM.from_pretrained('exported')
     tokenizer = transformers.AutoTokenizer.from_pretrained('exported')
     with torch.no_grad():

@@ -82,14 +82,21 @@ def test_enwik8_head_as_bpe(folder, script, head, gpt2_files):
 
 
 @pytest.mark.parametrize('kind, flags, words', [
-    ('short', [], ['1,000,000', '--partial']), ('other', [], ['not enwik8', 'prepare_text.py']), ('tiny', ['--partial'], ['too few']),
-    ('zip', [], ['enwik8']), ('bad gz', [], ['a.gz']), ('none', [], ['nowhere']), ('folder', [], ['folder'])])
+    ('short', [], ['1,000,019', '--partial']), ('other', [], ['not enwik8', 'prepare_text.py']), ('tiny', ['--partial'], ['too few']),
+    ('text', ['--partial'], ['does not begin', 'prepare_text.py']), ('cut zip', ['--partial'], ['zip']), ('zip', [], ['enwik8']), ('bad gz', [], ['a.gz']), ('none', [], ['nowhere']), ('folder', [], ['folder'])])
 def test_enwik8_refusals(folder, refused, kind, flags, words):
     path = 'a'
     if kind in ('short', 'tiny'):
-        Path('a').write_bytes(b'x' * (1_000_000 if kind == 'short' else 10))
+        Path('a').write_bytes(b'<mediawiki xmlns="\'' + b'x' * (1_000_000 if kind == 'short' else 10))
+    elif kind == 'text':
+        Path('a').write_bytes(b'x' * 10_000)
+    elif kind == 'cut zip':
+        with zipfile.ZipFile('b', 'w') as archive:
+            archive.writestr('enwik8', os.urandom(10_000))
+        Path('a').write_bytes(Path('b').read_bytes()[:5000])
     elif kind == 'other':
         with open('a', 'wb') as f:
+            f.write(b'<mediawiki xmlns=')
             f.truncate(100_000_000)
     elif kind == 'zip':
         with zipfile.ZipFile('a', 'w') as archive:
@@ -186,11 +193,11 @@ def test_shards_and_a_dataset_made_anew(folder, script):
     ({'nothing': b'\xff\xfe\xff'}, [], ['not UTF-8', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
     ({'nothing': b''}, [], ['no text']), ({'nothing': END_OF_TEXT.encode() * 3}, [], ['no text']), ({'nothing': b'x'}, [], ['no text']),
     ({'a.jsonl': b'{"text": "a"}\n\n{"body": "b"}\n'}, ['--input=a.jsonl'], ['line 3', "'text'", 'body', '--field']),
-    ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', '--field']),
+    ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', 'text (int)', '--field']),
     ({'a.jsonl': b'{"text": "a"}\n[1]\n'}, ['--input=a.jsonl'], ['line 2']), ({'a.jsonl': b'{"text": "a"}\n{"text'}, ['--input=a.jsonl'], ['line 2']),
     ({'a.jsonl': b'[' * 100_000}, ['--input=a.jsonl'], ['line 1']), ({'a.jsonl': b'{"text": "\xff"}'}, ['--input=a.jsonl'], ['line 1']),
     ({'a.txt.gz': b'no gzip'}, ['--input=a.txt.gz'], ['a.txt.gz']), ({'a.txt.gz': gzip.compress(b'x' * 9999)[:-9]}, ['--input=a.txt.gz'], ['a.txt.gz']),
-    ({'nothing': b'xy'}, ['--name=../mine'], ["'../mine'"]), ({'nothing': b'xy'}, ['--name='], ['--name']),
+    ({'nothing': b'xy'}, ['--name=../mine'], ["name='../mine'", '--name=']), ({'nothing': b'xy'}, ['--name='], ['--name']),
     ({'nothing': b'xy'}, ['--tokenizer=bpe'], ['tokenizer=bpe']), ({'nothing': b'xy'}, ['--val_fraction=1'], ['val_fraction']),
     ({'nothing': b'xy'}, ['--shard_tokens=1'], ['shard_tokens']), ({}, ['--input=*.none'], ['*.none', 'pattern']),
     ({'data': b'x', 'nothing': b'xy'}, [], ['--data_dir'])])
@@ -207,6 +214,12 @@ def test_input_inside_of_the_dataset(folder, refused):
     Path('data/mine/input.txt').write_text('my only copy')
     refused('prepare_text.py', '--input=data/mine/input.txt', '--name=mine', words=['data/mine', '--name'])
     assert Path('data/mine/input.txt').read_text() == 'my only copy'
+
+
+def test_byte_order_mark(folder, script):
+    Path('a.txt').write_bytes('\ufeffabc'.encode() * 1 + b'abc' * 99)
+    assert script('prepare_text.py', '--input=a.txt', '--name=mine').code == 0
+    assert Dataset('mine').tokenizer.chars == 'abc'
 
 
 def test_half_of_a_surrogate_pair(folder, script):
@@ -244,7 +257,7 @@ def test_full_disk(folder, refused, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(data.json, 'dump', full)
     refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['data/mine', 'No space left'])
-    assert os.listdir('data/mine') == []
+    assert not os.path.exists('data/mine')
 
 
 def test_memory_does_not_grow_with_the_input(folder):
