@@ -318,9 +318,8 @@ class GPT(nn.Module):
             weights = {**weights, 'lm_head.weight': weights['transformer.wte.weight']}
         have, want = ({name: tuple(p.shape) for name, p in tensors.items() if isinstance(p, torch.Tensor)}
                       for tensors in (weights, model.state_dict()))
-        wrong = [f'{name} {have.get(name, "is missing")}' + (f' where {want[name]} is expected' if name in want else
-                                                             ' is unexpected') for name in {**want, **have}
-                 if have.get(name) != want.get(name)]
+        wrong = [f'{name}: {have.get(name, "no tensor")} where {want.get(name, "none")} is expected'
+                 for name in {**want, **weights} if have.get(name) != want.get(name) or name not in have]
         if wrong:
             raise ValueError('; '.join(wrong[:4]) + f'; and {len(wrong) - 4} more' * (len(wrong) > 4))
         if not all(p.is_floating_point() and p.isfinite().all() for p in weights.values()):
@@ -348,7 +347,7 @@ class GPT(nn.Module):
               'resid_pdrop': 0.1, **hf}
         other = [key for key, value in HF_FIXED.items() if hf[key] != value]
         other += [key for key, (_, default) in HF_FIELDS.items() if type(hf[key]) is not type(default)]
-        other += ['n_inner'] * (hf.get('n_inner') is not None and hf['n_inner'] != 4 * hf['n_embd'])
+        other += ['n_inner'] * (not other and hf.get('n_inner') not in (None, 4 * hf['n_embd']))
         other += ['activation_function'] * (hf['activation_function'] not in tuple(HF_ACTIVATIONS))
         other += ['resid_pdrop'] * (dropout is None and type(hf['resid_pdrop']) not in (int, float))
         if other:

@@ -34,8 +34,7 @@ from runtime import say
 # ---- knobs ---------------------------------------------------------------------------------------------------------
 # the run
 out_dir = 'out'              # folder of checkpoints and logs
-init_from = 'scratch'        # 'scratch'; 'resume': out_dir/last.pt, with its knobs where none are given; 'gpt2', 'gpt2-xl' or
-                             # another name on Hugging Face's hub, or a folder of theirs: fine-tune these weights
+init_from = 'scratch'        # 'scratch', 'resume' (out_dir/last.pt), or 'gpt2', another hub name or folder of Hugging Face's
 eval_interval = 2000         # optimizer steps between evaluations, each followed by a save
 eval_iters = 200             # batches an evaluation looks at, the same ones every time; the last one takes the whole split
 eval_only = False            # evaluate the whole validation split and stop
@@ -160,7 +159,7 @@ if resumed or pretrained:
     expected, had = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state(), args.get('vocab_size')
     if expected not in (None, data.tokenizer.state()) or type(had) is int and (
             had < data.vocab_size or pretrained and not expected and had != data.vocab_size):
-        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({had:,} and {data.vocab_size:,} symbols); '
+        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({had} and {data.vocab_size} symbols); '
              f'type --dataset=NAME for one with the same')
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
@@ -482,6 +481,7 @@ while True:
     step += 1
 
 if rank == 0:
+    lock.close()
     os.remove(lock.name)
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '

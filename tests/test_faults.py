@@ -389,7 +389,7 @@ def test_a_checkpoint_is_still_what_torch_load_reads(trained):
     (dict(model_args='x'), ['lacks model']), (dict(model_args={}), ['weights do not fit']),
     (lambda c: c['model_args'].update(n_embd=10**9), ['weights do not fit']), (lambda c: c['model_args'].update(n_layer='2'), ['n_layer']),
     (lambda c: c['model_args'].update(moe=3), ['moe']), (lambda c: c['model'].pop('transformer.ln_f.weight'), ['transformer.ln_f.weight']),
-    (lambda c: c['model'].update({'transformer.wte.weight': 3}), ['weights do not fit']),
+    (lambda c: c['model'].update({'transformer.wte.weight': 3}), ['weights do not fit']), (lambda c: c['model'].update(more=3), ['more: no tensor']),
     (lambda c: c.update(tokenizer=dict(kind='evil')), ['tokenizer']), (lambda c: c.update(tokenizer=dict(kind='byte')), ['256 symbols']),
     (lambda c: c['model_args'].update(vocab_size=-1), ['vocab_size']), (lambda c: c['model_args'].update(n_layer=10**9), ['n_layer=1000000000']),
     (lambda c: c['model']['transformer.ln_f.weight'].fill_(math.nan), ['not finite'])])
