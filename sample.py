@@ -52,8 +52,9 @@ for name, value, good, allowed in (
         fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={default}')
 
 model, tokenizer, where, _ = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
-model.to(device).eval()
 dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
+runtime.cast_matrices(model, dtype)
+model.to(device).eval()
 say(f'{where}, {model.num_params():,} parameters')
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token

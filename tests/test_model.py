@@ -354,6 +354,19 @@ def test_a_draw_at_the_edges():
     assert gpt.draw(probs.expand(5, 5), chance[:, None]).flatten().tolist() == [1, 1, 3, 3, 3]
 
 
+def test_matrices_cast_once():
+    """bf16 matrices, everything else in fp32, the tie kept; the same logits as autocast's but for rounding."""
+    import runtime
+    net, idx = rough(small()).eval(), tokens(2, 8)
+    exact = net(idx)[0]
+    runtime.cast_matrices(net, 'bfloat16')
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert (net(idx)[0].float() - exact).abs().max() < 0.05 * exact.abs().max()
+    kinds = {name: p.dtype for name, p in net.named_parameters()}
+    assert net.lm_head.weight is net.transformer.wte.weight and kinds['transformer.wte.weight'] == torch.bfloat16
+    assert kinds['transformer.h.0.ln_1.weight'] == kinds['transformer.wpe.weight'] == torch.float32
+
+
 def test_a_rows_text_does_not_depend_on_the_others():
     net, idx = rough(small()).eval(), tokens(5, 4)
     whole = net.generate(idx, 12, generator=torch.Generator().manual_seed(3))
