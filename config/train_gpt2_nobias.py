@@ -1,21 +1,8 @@
-# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters. Otherwise train_gpt2.py.
+# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters. The rest is train.py's defaults, which are the
+# recipe that train_gpt2.py writes out.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_nobias.py
 
-dataset = 'openwebtext'   # your own copy: python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2
 out_dir = 'out-gpt2-nobias'
 qkv_bias = False
-
-batch_size = 12           # sequences of 1,024 tokens
-block_size = 1024
-gradient_accumulation_steps = 5 * 8   # over all GPUs together: 491,520 tokens a step
-
-max_iters = 600000        # 300 billion tokens
-lr_decay_iters = 600000
-learning_rate = 6e-4
-min_lr = 6e-5
-warmup_iters = 2000
-weight_decay = 1e-1
-
 eval_interval = 1000
-eval_iters = 200
 log_interval = 10

@@ -114,19 +114,27 @@ def trained(tmp_path_factory):
     return home / 'out'
 
 
+def shared(name):
+    """A file or folder of SHARED; the test that needs it skips without."""
+    if not (SHARED / name).exists():
+        pytest.skip(f'no local copy of {name}; set SHARED_DATA to a folder that holds it')
+    return SHARED / name
+
+
 @pytest.fixture
 def shakespeare():
-    path = SHARED / 'tinyshakespeare.txt'
-    if not path.exists():
-        pytest.skip('no local copy of Tiny Shakespeare; set SHARED_DATA to a folder with tinyshakespeare.txt')
-    return path
+    return shared('tinyshakespeare.txt')
+
+
+@pytest.fixture
+def head():
+    """The first 4,154,400 bytes of enwik8."""
+    return shared('enwik8_head.gz')
 
 
 @pytest.fixture
 def gpt2_files(monkeypatch):
-    if not (SHARED / 'tiktoken').exists():
-        pytest.skip("no local copy of GPT-2's vocabulary; set SHARED_DATA to a folder with tiktoken/")
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
 
 
 def read_log(path):

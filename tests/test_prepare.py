@@ -49,14 +49,6 @@ def test_a_run_without_a_blank_is_cut_by_force():
 
 # ---- enwik8 --------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def head():
-    path = SHARED / 'enwik8_head.gz'
-    if not path.exists():
-        pytest.skip('no local head of enwik8; set SHARED_DATA to a folder with enwik8_head.gz')
-    return path
-
-
 def test_enwik8_head_in_bytes(folder, script, head):
     raw = gzip.open(head).read()
     assert script('prepare_enwik8.py', f'--input={head}', '--partial').code == 0
