@@ -4,6 +4,7 @@ How well a model predicts a split: every token of it once, in nats, bits per byt
     python evaluate.py                                        # the validation split of the run in out/
     python evaluate.py --split=test --stride=64               # each token with nearly all the context there is
     python evaluate.py --init_from=gpt2 --dataset=shakespeare --json=-
+    python evaluate.py --quantize=int8                        # and what int8 weights cost
     torchrun --standalone --nproc_per_node=2 evaluate.py      # the same number, sooner
 
 Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table, or JSON, to stdout, and nothing else.
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 import checkpoint as checkpoints
+import decoding
 import runtime
 from configurator import configure, fail
 from data import PREPARE, Dataset, evaluation_batches, find_dataset, token_sizes
@@ -36,6 +38,7 @@ json = ''                # write the figures into this file, - for stdout instea
 backend = 'auto'         # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 here, where the figure is what counts
+quantize = ''            # 'int8': with a byte a weight, as sample.py --quantize=int8; nats_lost is what it costs
 compile = 'auto'         # torch.compile
 configure(globals(), runtime.find_device)
 rank, ranks, device = runtime.join_ranks(backend, device)
@@ -44,6 +47,8 @@ if split not in ('train', 'val', 'test'):
     fail(f'split={split!r}: allowed are train, val, test; type --split=val')
 if batch_size < 1:
     fail(f'batch_size={batch_size}: it must be 1 or more; type --batch_size=16')
+if quantize not in ('', 'int8'):
+    fail(f"quantize={quantize!r}: allowed are '' and int8; type --quantize=int8")
 if json not in ('', '-') and (os.path.isdir(json) or not os.access(os.path.dirname(os.path.abspath(json)), os.W_OK)):
     fail(f'json={json} cannot be written; type --json=FILE for another place, or --json=- for stdout')   # now, not at the end
 model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
@@ -70,8 +75,18 @@ model.to(device).eval()
 say(f'{where}, {model.num_params():,} parameters; {split} of {dataset}, windows of {block_size}, stride {stride or block_size}')
 
 started = time.perf_counter()
-pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
-nats = runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+
+
+def evaluated():
+    pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
+    return runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+
+
+nats, lost = evaluated(), {}
+if quantize:
+    decoding.narrow(model, dtype, quantize)
+    started, exact, nats = time.perf_counter(), nats, evaluated()
+    lost = dict(nats_lost=nats - exact)
 seconds = time.perf_counter() - started
 
 totals = np.zeros(3, dtype=np.int64)   # tokens, and their bytes and characters
@@ -82,7 +97,8 @@ for shard in data.split(split):   # the first token of each is given and not pre
 tokens, text_bytes, chars = totals.tolist()
 bits = nats * tokens / math.log(2)
 figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=math.exp(min(nats, 700)),
-               bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1), tokens_per_s=tokens / seconds)
+               bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1),
+               tokens_per_s=tokens / seconds) | lost
 if rank == 0 and json:
     try:
         with contextlib.nullcontext(sys.stdout) if json == '-' else open(json, 'w', encoding='utf-8') as f:

@@ -124,7 +124,8 @@ class LayerCache:
 
     def expand(self, rows):
         """Let as many rows go on from the one that was read."""
-        self.k, self.v = (t.repeat(rows, 1, 1, 1) for t in (self.k, self.v))
+        filled, self.length = (self.k[:, :, :self.length], self.v[:, :, :self.length]), 0
+        self.append(*(t.expand(rows, -1, -1, -1) for t in filled))
 
     def append(self, k, v):
         """Add T tokens' k and v (B, nh, T, hs); returns all so far, (B, nh, S, hs)."""
@@ -141,7 +142,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.qk_norm, self.dropout = config.n_head, config.qk_norm, config.dropout
-        self.flash = config.flash
+        self.attend = fused_attention if config.flash else explicit_attention
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.shape
@@ -153,8 +154,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                                             # (B, nh, S, hs)
-        attend = fused_attention if self.flash else explicit_attention
-        y = attend(q, k, v, self.dropout if self.training else 0.0)                               # (B, nh, T, hs)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)                          # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                                                    # heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -252,31 +252,39 @@ class GPT(nn.Module):
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
+    def next_logits(self, idx, cache=None):
+        """What follows idx (B, T): the last position's logits in fp32, for the tokens that may be drawn, (B, V)."""
+        return self.lm_head(self.hidden(idx, cache)[:, -1])[:, :self.drawable].float()
+
+    def check_prompt(self, idx):
+        """Raises ValueError for what is no prompt."""
+        if idx.dim() != 2 or not idx.numel():
+            raise ValueError(f"an empty prompt, of shape {tuple(idx.shape)}: idx is (B, T) and needs at least one token, such "
+                             f"as the end-of-text token or a newline")
+        if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
+            raise ValueError(f"idx holds {int(idx.min())} to {int(idx.max())}: tokens are 0 to {self.config.vocab_size - 1}")
+
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                chance=None, kv_cache=True):
         """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate, and
         chance: numbers from [0, 1) that decide the draws, (B, max_new_tokens); not needed at temperature 0. With one row of idx
         and several of chance the prompt is read once for all of them."""
-        if idx.size(1) == 0:
-            raise ValueError("an empty prompt: idx needs at least one token, such as the end-of-text token or a newline")
-        cache, block_size, rows = None, self.config.block_size, idx.size(0) if chance is None else chance.size(0)
+        self.check_prompt(idx)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        block_size, rows = self.config.block_size, idx.size(0) if chance is None else chance.size(0)
+        cache = [LayerCache(block_size) for _ in self.transformer.h] if kv_cache and idx.size(1) <= block_size else []
         for i in range(max_new_tokens):
-            if kv_cache and idx.size(1) <= block_size:
-                if cache is None:
-                    cache = [LayerCache(block_size) for _ in self.transformer.h]
-                x = self.hidden(idx[:, cache[0].length:] if cache else idx, cache)
+            if cache and idx.size(1) <= block_size:
+                logits = self.next_logits(idx[:, cache[0].length:], cache)                        # (B, V)
             else:   # past block_size every position of the window shifts, and what was cached is no longer true
-                x = self.hidden(idx[:, -block_size:])
-            logits = self.lm_head(x[:, -1])[:, :self.drawable].float()                            # (B, V)
+                logits = self.next_logits(idx[:, -block_size:])
             if idx.size(0) < rows:
                 idx, logits = idx.expand(rows, -1), logits.expand(rows, -1)
-                for layer in cache or ():
+                for layer in cache:
                     layer.expand(rows)
-            if temperature == 0:
-                new = penalized(logits, idx, repetition_penalty).argmax(dim=1, keepdim=True)      # (B, 1)
-            else:
-                new = draw(probabilities(logits, idx, temperature, top_k, top_p, repetition_penalty), chance[:, i:i + 1])
+            new = choose(logits, idx, temperature, top_k, top_p, repetition_penalty,
+                         None if chance is None else chance[:, i:i + 1])                          # (B, 1)
             idx = torch.cat((idx, new), dim=1)                                                    # (B, T + 1)
             yield new
 
@@ -287,12 +295,13 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest that hold that share of
         the probability. stop: a token id or several; a row that draws one repeats it, and all rows done end the call.
         generator: a row's draws depend on it and on the row's number alone, not on how many rows there are.
-        The kv_cache changes the speed and not the text."""
+        The kv_cache changes the speed and not the text. Raises ValueError for knobs or a prompt that mean nothing."""
+        self.check_prompt(idx)
         was_training, stop = self.training, torch.as_tensor([] if stop is None else stop, device=idx.device).view(-1)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         device = 'cpu' if generator is None else generator.device
         first = int(torch.randint(2**62, (), generator=generator, device=device)) if temperature else 0
-        chance = chances([first + row for row in range(idx.size(0))], max_new_tokens).to(idx.device)
+        chance = chances([first + row for row in range(idx.size(0))], max(0, max_new_tokens)).to(idx.device)
         self.eval()
         try:
             tokens = [idx]
@@ -447,6 +456,18 @@ def fetch_pretrained(name):
     return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors', 'tokenizer.json', 'vocab.json'])
 
 
+def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty):
+    """Raises ValueError for a value that means nothing."""
+    for name, value, good, allowed, other in (
+            ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more', 500),
+            ('temperature', temperature, temperature >= 0, '0 or more', 0.8),
+            ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or a whole number from 1', None),
+            ('top_p', top_p, top_p is None or isinstance(top_p, (int, float)) and 0 < top_p <= 1, 'None or in (0, 1]', None),
+            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0', 1.0)):
+        if not good:
+            raise ValueError(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
+
+
 def penalized(logits, idx, repetition_penalty):
     """CTRL's penalty (arXiv 1909.05858): of logits (B, V), those of the tokens in idx (B, T) become less likely."""
     if repetition_penalty == 1.0:
@@ -471,6 +492,15 @@ def probabilities(logits, idx, temperature=1.0, top_k=None, top_p=None, repetiti
         beyond = (before >= top_p) & (before > 0)   # never the likeliest
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
     return logits.softmax(dim=1)
+
+
+def choose(logits, idx, temperature, top_k, top_p, repetition_penalty, chance):
+    """The next token (B, 1) from logits (B, V): the likeliest at temperature 0, else what chance (B, 1) decides."""
+    if temperature == 0:
+        return penalized(logits, idx, repetition_penalty).argmax(dim=1, keepdim=True)
+    if chance is None:
+        raise ValueError(f'temperature={temperature} draws, and chance is None; pass chances(seeds, max_new_tokens)')
+    return draw(probabilities(logits, idx, temperature, top_k, top_p, repetition_penalty), chance)
 
 
 def chances(seeds, count):

@@ -16,7 +16,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -96,18 +95,22 @@ def find_dtype(name, device):
     return 'bfloat16' if device == 'cpu' and cpu_has_bf16() else 'float32'
 
 
-def find_compile(choice, device):
-    """(compile or not, why). 'auto' is on for CUDA on Linux where a first small function compiles.
+def find_compile(choice, device, pays=None):
+    """(compile or not, why). 'auto' is on where it pays and a first small function compiles.
 
-    On a processor it gains a few percent and costs tens of seconds (results/negative.md)."""
+    pays: None for training, where it does on CUDA and Linux; on a processor it gains a few percent and costs tens of seconds
+    (results/negative.md)."""
     if type(choice) is not bool and choice != 'auto':
         fail(f'compile={choice}: allowed are auto, True, False; type --compile=auto')
-    if choice is False:
+    if choice is False or choice == 'auto' and (pays is False or pays is None and device == 'cpu'):
         return False, ''
-    if choice == 'auto' and device == 'cpu':
-        return False, ''
-    if choice == 'auto' and not (device.startswith('cuda') and platform.system() == 'Linux'):
+    if choice == 'auto' and pays is None and not (device.startswith('cuda') and platform.system() == 'Linux'):
         return False, f' (not tried on {device}, {platform.system()})'
+    # compiled code is kept for the next run, and not in /tmp, which a restart empties
+    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch')
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.join(cache, 'inductor'), exist_ok=True)
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'inductor'))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             torch.compile(lambda x: (x + 1).sum())(torch.ones(8, device=device))
@@ -120,9 +123,12 @@ def find_compile(choice, device):
     return True, ''
 
 
-def set_up(device, dtype, compile, deterministic=False):
-    """Resolve dtype and compile for a device and set torch's switches; returns (dtype, compile) and says it in one line."""
+def set_up(device, dtype, compile, deterministic=False, pays=None):
+    """Resolve dtype and compile (pays: see find_compile) for a device and set torch's switches; returns (dtype, compile) and
+    says it in one line."""
     dtype = find_dtype(dtype, device)
+    if device.startswith('cuda:'):
+        torch.cuda.set_device(device)   # where streams and CUDA graphs are made
     # fp32 products: TF32 on a GPU; on AMD processors oneDNN instead of MKL's generic path, still fp32, 1.2 to 2.9 times
     # faster; on an AMX Xeon this rounds to bf16 (pytorch PR #116015)
     torch.set_float32_matmul_precision('highest' if deterministic else 'high' if device.startswith('cuda') else 'medium')
@@ -130,7 +136,7 @@ def set_up(device, dtype, compile, deterministic=False):
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS repeats itself only with this
         torch.use_deterministic_algorithms(True)
-    compile, why = find_compile(compile, device)
+    compile, why = find_compile(compile, device, pays)
     if device.startswith('cuda'):
         detail = torch.cuda.get_device_name(device)
     else:
@@ -144,15 +150,6 @@ def autocast(device, dtype):
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))
-
-
-def cast_matrices(model, dtype):
-    """Keep a finished model's matrices in the precision they are multiplied in; autocast would cast them at every token, which
-    makes GPT-2 124M slower in bf16 than in fp32 (results/negative.md)."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            for p in layer.parameters():
-                p.data = p.data.to(getattr(torch, dtype))
 
 
 def peak_flops(device):

@@ -9,15 +9,18 @@ Write text with a trained model.
 Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it is generated.
 """
 import codecs
+import functools
 import signal
 import sys
 
 import torch
 
 import checkpoint as checkpoints
+import decoding
 import runtime
 from configurator import configure, fail
-from model import chances
+from data import Dataset, find_dataset
+from model import chances, check_sampling
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -35,59 +38,81 @@ stop = ''                # end a text before this string
 seed = 1337              # of the first sample; the next ones count up from it, however many there are
 kv_cache = True          # remember keys and values of earlier tokens: same text, faster
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for matrix products
-compile = 'auto'         # torch.compile; 'auto' is off here, where a text is too short to pay for it
+dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for the matrices; float32: the same text for any num_samples
+quantize = ''            # 'int8': a byte a weight, with one scale a row: faster, at a loss that is measured and shown
+compile = 'auto'         # torch.compile for the steps of one token; 'auto': when max_new_tokens pays for its seconds
 configure(globals(), runtime.find_device)
-
-for name, value, good, allowed in (
-        ('num_samples', num_samples, num_samples >= 1, '1 or more'),
-        ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more'),
-        ('temperature', temperature, temperature >= 0, '0 or more'),
-        ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or a whole number from 1'),
-        ('top_p', top_p, top_p is None or type(top_p) in (int, float) and 0 < top_p <= 1, 'None or above 0 up to 1'),
-        ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0'),
-        ('seed', seed, 0 <= seed < 2**63, '0 or more')):
-    if not good:
-        default = dict(num_samples=1, max_new_tokens=500, temperature=0.8, repetition_penalty=1.0, seed=1337).get(name)
-        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={default}')
-
-model, tokenizer, where, _ = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
-dtype, compile = runtime.set_up(device, dtype, False if compile == 'auto' else compile)
-runtime.cast_matrices(model, dtype)
-model.to(device).eval()
-say(f'{where}, {model.num_params():,} parameters')
-if compile:
-    model.hidden = torch.compile(model.hidden, dynamic=True)   # the context grows with every token
-
-LONGEST = 1 << 24   # characters of a prompt
-if start == '-':
-    if sys.stdin is None:
-        fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
-    prompt = sys.stdin.read(LONGEST + 1)
-elif start.startswith('FILE:'):
-    try:
-        with open(start[5:], encoding='utf-8') as f:
-            prompt = f.read(LONGEST + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f'--start={start}: {error}; FILE: takes a text file in UTF-8')
-else:
-    prompt = start
-if len(prompt) > LONGEST:
-    fail(f'--start: a prompt of more than {LONGEST:,} characters; the model sees {model.config.block_size:,} tokens of it; '
-         f'type --start=FILE:path for a shorter one')
-
-ids = tokenizer.encode(prompt or tokenizer.opening)
-if len(ids) > model.config.block_size:
-    say(f'the prompt has {len(ids):,} tokens; the model sees the last {model.config.block_size:,}')
-idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
-
 for number in (signal.SIGINT, getattr(signal, 'SIGPIPE', signal.SIGINT)):
     signal.signal(number, signal.SIG_DFL)   # Ctrl-C, or a reader such as head that has seen enough, just ends it
 
+try:
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+except ValueError as error:
+    fail(str(error))
+if num_samples * max(1, max_new_tokens) > 1 << 24:
+    fail(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} are more than {1 << 24:,} tokens; type '
+         f'--max_new_tokens=500, or fewer --num_samples')
+for name, value, good, allowed, other in (('num_samples', num_samples, num_samples >= 1, '1 or more', 1),
+                                          ('quantize', quantize, quantize in ('', 'int8'), "'' or int8", 'int8'),
+                                          ('seed', seed, 0 <= seed < 2**63, '0 or more', 1337)):
+    if not good:
+        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
+
+model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+block_size = model.config.block_size
+
+LONGEST = 1 << 24   # characters of a prompt
+if start == '-' and sys.stdin is None:
+    fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
+try:
+    if start == '-':
+        prompt = sys.stdin.read(LONGEST + 1)
+    elif start.startswith('FILE:'):
+        with open(start[5:], encoding='utf-8') as f:
+            prompt = f.read(LONGEST + 1)
+    else:
+        prompt = start
+except (OSError, UnicodeDecodeError) as error:
+    fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
+if len(prompt) > LONGEST:
+    fail(f'--start: a prompt of more than {LONGEST:,} characters; the model sees {block_size:,} tokens of it; '
+         f'type --start=FILE:path for a shorter one')
+
+ids = tokenizer.encode(prompt or tokenizer.opening)
+idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
+
+dtype, parameters = runtime.find_dtype(dtype, device), model.num_params()
+pays = decoding.compiling_pays(model, device, dtype, quantize, min(max_new_tokens, block_size - len(ids)), num_samples)
+dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
+model.to(device).eval()
+trained_on, data = str(knobs.get('dataset', '')), None
+if quantize and trained_on and find_dataset(trained_on, data_dir, needs=('val',))[1]:
+    data = Dataset(trained_on, data_dir)
+if data and data.tokenizer.state() == tokenizer.state():
+    exact, lossy = decoding.quantize_and_compare(model, dtype, data, device)
+    say(f'int8: {lossy:.4f} nats a token on a sample of the validation split of {trained_on}, {exact:.4f} in float32')
+else:
+    decoding.narrow(model, dtype, quantize)
+    if quantize:
+        say('int8: no validation split here to measure what it costs; type python evaluate.py --quantize=int8 --dataset=NAME')
+say(f'{where}, {parameters:,} parameters, {decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
+if compile:
+    decoding.compile_steps(model)
+if len(ids) > block_size:
+    say(f'the prompt has {len(ids):,} tokens; the model sees the last {block_size:,}')
+beyond = min(max_new_tokens, len(ids) + max_new_tokens - 1 - block_size)
+if beyond > 0:
+    say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size:,}: the window moves with each of them and '
+        f'is read anew, which is slow')
+
 
 def write(text):
-    sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
+        sys.stdout.buffer.flush()
+    except (OSError, AttributeError) as error:   # a full disk; None where it is closed
+        sys.stdout = None   # else Python tries once more at its end
+        fail(f'stdout cannot be written ({error}); type > FILE, on a disk with room')
 
 
 heads = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
@@ -107,8 +132,9 @@ def add(i, text):
 
 add(0, heads[0])
 chance = chances([seed + i for i in range(num_samples)], max_new_tokens).to(device)                # (B, new)
-with runtime.autocast(device, dtype):
-    for new in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, chance, kv_cache):
+stream = functools.partial(decoding.graph_stream, model) if device.startswith('cuda') else model.stream
+with runtime.autocast(device, 'float32' if device == 'cpu' else dtype):   # a narrowed model needs none there
+    for new in stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty, chance, kv_cache):
         for i, token in enumerate(new[:, 0].tolist()):
             if not ended[i]:
                 ended[i] = token == tokenizer.end
@@ -121,5 +147,5 @@ with runtime.autocast(device, dtype):
         if all(ended):
             break
 for i in range(num_samples):
-    add(i, held[i] + decoders[i].decode(b'', final=True) * (not ended[i]) + '\n')
+    add(i, held[i] + '\n')   # a character that max_new_tokens cut in two is left out
 write(''.join(later[1:]))

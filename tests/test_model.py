@@ -354,19 +354,6 @@ def test_a_draw_at_the_edges():
     assert gpt.draw(probs.expand(5, 5), chance[:, None]).flatten().tolist() == [1, 1, 3, 3, 3]
 
 
-def test_matrices_cast_once():
-    """bf16 matrices, everything else in fp32, the tie kept; the same logits as autocast's but for rounding."""
-    import runtime
-    net, idx = rough(small()).eval(), tokens(2, 8)
-    exact = net(idx)[0]
-    runtime.cast_matrices(net, 'bfloat16')
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert (net(idx)[0].float() - exact).abs().max() < 0.05 * exact.abs().max()
-    kinds = {name: p.dtype for name, p in net.named_parameters()}
-    assert net.lm_head.weight is net.transformer.wte.weight and kinds['transformer.wte.weight'] == torch.bfloat16
-    assert kinds['transformer.h.0.ln_1.weight'] == kinds['transformer.wpe.weight'] == torch.float32
-
-
 def test_a_rows_text_does_not_depend_on_the_others():
     net, idx = rough(small()).eval(), tokens(5, 4)
     whole = net.generate(idx, 12, generator=torch.Generator().manual_seed(3))
@@ -389,6 +376,21 @@ def test_impossible_shapes(changes, words):
     with pytest.raises(ValueError) as error:
         GPTConfig(**{**SMALL, **changes})
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize('knobs', [dict(max_new_tokens=-1), dict(temperature=-0.1), dict(temperature=float('nan')), dict(top_k=0), dict(top_k=2.0),
+                                   dict(top_p=0.0), dict(top_p=1.1), dict(top_p=float('nan')), dict(repetition_penalty=0.0), dict(repetition_penalty=-1)])
+def test_sampling_knobs_that_mean_nothing(knobs):
+    with pytest.raises(ValueError, match=f'{next(iter(knobs))}=.* allowed is .* type --'):
+        rough(small()).generate(tokens(1, 4), **{'max_new_tokens': 3, **knobs})
+
+
+def test_prompts_that_mean_nothing():
+    net = rough(small())
+    for idx, words in ((torch.tensor([[3, 61]]), 'tokens are 0 to 60'), (torch.tensor([[-1, 3]]), 'tokens are 0 to 60'), (tokens(1, 4)[:, :0], 'empty prompt')):
+        with pytest.raises(ValueError, match=words):
+            net.generate(idx, 3)
+    assert torch.equal(net.generate(tokens(2, 4), 0), tokens(2, 4)) and net.generate(tokens(1, 4), 3, top_k=1000).shape == (1, 7)
 
 
 def test_too_long():

@@ -72,7 +72,8 @@ def test_repetition_penalty(sample):
     (['--start=日本'], ["'日'", "'本'", 'vocabulary']), (['--temperature=-1'], ['temperature=-1', '0 or more']),
     (['--top_k=0'], ['top_k=0']), (['--top_k=1.5'], ['top_k=1.5']), (['--top_p=0'], ['top_p=0']), (['--top_p=2'], ['top_p=2']),
     (['--repetition_penalty=0'], ['repetition_penalty=0']), (['--max_new_tokens=-1'], ['max_new_tokens=-1']),
-    (['--num_samples=0'], ['num_samples=0']), (['--seed=-1'], ['seed=-1']), (['--start=FILE:nope.txt'], ['nope.txt']),
+    (['--num_samples=0'], ['num_samples=0']), (['--num_samples=9223372036854775807'], ['num_samples=', 'tokens']),
+    (['--max_new_tokens=1000000000000'], ['max_new_tokens=', 'tokens']), (['--quantize=int4'], ['int4', 'int8']), (['--seed=-1'], ['seed=-1']), (['--start=FILE:nope.txt'], ['nope.txt']),
     (['--checkpoint=nope.pt'], ['nope.pt', '--checkpoint']), (['--temprature=1'], ['--temperature']), (['--dtype=float16'], ['float16'])])
 def test_mistakes(refused, trained, folder, flags, words):
     refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
@@ -83,6 +84,22 @@ def test_mistakes(refused, trained, folder, flags, words):
 def test_extreme_knobs_still_draw(sample, flag):
     result = sample('--start=so', flag, '--max_new_tokens=20')
     assert result.code == 0 and len(result.out) == 23
+
+
+def test_int8_beside_another_dataset_of_that_name(sample, folder):
+    """Its loss is not measured on tokens that mean something else."""
+    from data import ByteTokenizer, write_dataset
+    tokenizer = ByteTokenizer()
+    write_dataset('data/mini', {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}, tokenizer,
+                  dict(name='mini', url=None, sha256='', stand_in=False))
+    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
+    assert result.code == 0 and 'no validation split' in result.err
+
+
+def test_stdout_that_cannot_be_written(process, trained, folder):
+    with open('/dev/full', 'w') as full:
+        done = process('sample.py', f'--out_dir={trained}', '--device=cpu', '--max_new_tokens=9', capture_output=False, stdout=full, stderr=-1)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('error: stdout cannot be written'), done.stderr
 
 
 def test_no_checkpoint(refused, folder):
