@@ -104,10 +104,28 @@ def explicit_attention(q, k, v, dropout=0.0):
 def fused_attention(q, k, v, dropout=0.0):
     """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135)."""
     T, S = q.size(-2), k.size(-2)
+    if T == S <= 512 and q.device.type == 'cpu' and q.requires_grad:
+        return attention_by_blocks(q, k, v, dropout)
     if T == S or T == 1:   # a single query is the newest token and sees all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
+
+
+def attention_by_blocks(q, k, v, dropout=0.0, block=128):
+    """The formula for training on a processor, block queries at a time, so that most of the future is never computed. Forward
+    and backward in bf16: 22 instead of scaled_dot_product_attention's 48 ms for (16, 6, 256, 64), 1.7 instead of 5.8 ms for
+    (32, 2, 64, 64), 43 instead of 50 for (1, 12, 1024, 64), where it keeps too much in memory to be worth it."""
+    B, nh, T, hs = q.shape
+    q, k, v = (t.reshape(B * nh, T, hs) for t in (q, k, v))
+    blocks = []
+    with torch.autocast('cpu', enabled=False):   # which would make fp32 of the weights, and bf16 again for their product
+        for start in range(0, T, block):
+            end = min(start + block, T)
+            future = q.new_full((end - start, end), float('-inf')).triu(start + 1)                # (t, s)
+            scores = torch.baddbmm(future, q[:, start:end], k[:, :end].transpose(1, 2), alpha=1 / math.sqrt(hs))
+            blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])                # (B·nh, t, hs)
+    return torch.cat(blocks, dim=1).view(B, nh, T, hs)
 
 
 def rotate(x, cos, sin):
