@@ -16,7 +16,6 @@ import platform
 import statistics
 import sys
 import time
-from json import dumps
 
 import torch
 
@@ -81,8 +80,7 @@ if context == '16,256,1000':   # as far as this net sees
 if max(contexts) + tokens > config.block_size:
     fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} of the {net} net; type '
          f'--context={config.block_size - tokens}')
-if json not in ('', '-') and (os.path.isdir(json) or not os.access(os.path.dirname(os.path.abspath(json)), os.W_OK)):
-    fail(f'json={json} cannot be written; type --json=FILE for another place, or --json=- for stdout')
+runtime.check_json(json)
 
 
 def wait():
@@ -106,7 +104,10 @@ def read_rate():
 def ours(precision):
     torch.manual_seed(seed)
     model = GPT(config).eval().to(device)
-    decoding.narrow(model, 'bfloat16' if precision == 'int8' else precision, 'int8' * (precision == 'int8'))
+    if precision == 'int8':   # beside what sample.py would take
+        decoding.narrow(model, runtime.find_dtype('auto', device), 'int8')
+    else:
+        decoding.narrow(model, precision)
     if compile:
         decoding.compile_steps(model)
     stream = functools.partial(decoding.graph_stream, model) if device.startswith('cuda') else model.stream
@@ -205,13 +206,15 @@ with torch.inference_mode():
                            tok_per_s_min=texts / steps[-1], tok_per_s_max=texts / steps[0], step_ms=1e3 * step,
                            first_token_ms=1e3 * statistics.median(run[0] for run in taken[1:]), compiled=False)
                 if who == 'ours':
-                    kv = 2 * config.n_layer * config.n_embd * (T + tokens / 2) * (4 if device == 'cpu' else 2)   # of a text
+                    kv = 2 * config.n_layer * config.n_embd * (T + tokens / 2)   # numbers a text keeps, on a processor in fp32
+                    kv *= 4 if device == 'cpu' or precision == 'float32' else 2
                     size = decoding.weight_bytes(timed.model) + texts * kv
                     row |= dict(prefill_ms=1e3 * statistics.median(prefill[1:]), bytes_per_token=size / texts,
                                 share_of_read_rate=size / step / rate, read_gb_per_s=rate / 1e9,
                                 compiled=compile and texts == 1)
                 rows.append(row)
-                show(f'{who:14} {precision:9} {texts:5} {T:7} {row.get("prefill_ms", 0):10.0f} {row["first_token_ms"]:9.0f} '
+                prefill_ms = f'{row["prefill_ms"]:.0f}' if who == 'ours' else '-'
+                show(f'{who:14} {precision:9} {texts:5} {T:7} {prefill_ms:>10} {row["first_token_ms"]:9.0f} '
                     f'{row["step_ms"]:8.2f} {row["tok_per_s"]:8.1f}' + (f' {row["bytes_per_token"] / 1e6:10.1f} '
                     f'{100 * row["share_of_read_rate"]:10.0f} %' if who == 'ours' else ''))
 
@@ -221,10 +224,4 @@ machine = dict(device=device, processor=platform.processor() or platform.machine
 versions = dict(python=platform.python_version(), torch=torch.__version__)
 if 'transformers' in peers:
     versions['transformers'] = sys.modules['transformers'].__version__
-if json:
-    text = dumps(dict(rows=rows, machine=machine, versions=versions, command=' '.join(['python', *sys.argv])), indent=1) + '\n'
-    try:
-        with contextlib.nullcontext(sys.stdout) if json == '-' else open(json, 'w', encoding='utf-8') as f:
-            f.write(text)
-    except OSError as error:
-        fail(f'json={json} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
+runtime.write_json(json, dict(rows=rows, machine=machine, versions=versions, command=' '.join(['python', *sys.argv])))

@@ -141,11 +141,10 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
     block_size, knobs, idx = model.config.block_size, (temperature, top_k, top_p, repetition_penalty), idx.long()
     model.check_prompt(idx)
     check_sampling(max_new_tokens, *knobs)
-    plain = model.stream(idx, max_new_tokens, *knobs, chance, kv_cache)
     rows, T, device = idx.size(0) if chance is None else chance.size(0), idx.size(1), idx.device
     steps = min(max_new_tokens - 1, block_size - T) if kv_cache and T else 0   # those that one more key has room for
     if steps < 1 or not model.transformer.h:
-        yield from plain
+        yield from model.stream(idx, max_new_tokens, *knobs, chance, kv_cache)
         return
     cache = [LayerCache(block_size) for _ in model.transformer.h]
     logits = model.next_logits(idx, cache).expand(rows, -1)

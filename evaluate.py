@@ -9,12 +9,8 @@ How well a model predicts a split: every token of it once, in nats, bits per byt
 
 Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table, or JSON, to stdout, and nothing else.
 """
-import contextlib
 import math
-import os
-import sys
 import time
-from json import dumps
 
 import numpy as np
 import torch
@@ -49,8 +45,7 @@ if batch_size < 1:
     fail(f'batch_size={batch_size}: it must be 1 or more; type --batch_size=16')
 if quantize not in ('', 'int8'):
     fail(f"quantize={quantize!r}: allowed are '' and int8; type --quantize=int8")
-if json not in ('', '-') and (os.path.isdir(json) or not os.access(os.path.dirname(os.path.abspath(json)), os.W_OK)):
-    fail(f'json={json} cannot be written; type --json=FILE for another place, or --json=- for stdout')   # now, not at the end
+runtime.check_json(json)
 model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 block_size = model.config.block_size
 if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
@@ -99,12 +94,8 @@ bits = nats * tokens / math.log(2)
 figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=math.exp(min(nats, 700)),
                bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1),
                tokens_per_s=tokens / seconds) | lost
-if rank == 0 and json:
-    try:
-        with contextlib.nullcontext(sys.stdout) if json == '-' else open(json, 'w', encoding='utf-8') as f:
-            f.write(dumps(figures) + '\n')
-    except OSError as error:
-        fail(f'json={json} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
+if rank == 0:
+    runtime.write_json(json, figures)
 if rank == 0 and json != '-':
     for key, value in figures.items():
         print(f'{key:15} {value:,.6f}' if isinstance(value, float) else f'{key:15} {value if key == "split" else f"{value:,}"}')

@@ -102,7 +102,8 @@ def explicit_attention(q, k, v, dropout=0.0):
 
 
 def fused_attention(q, k, v, dropout=0.0):
-    """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135)."""
+    """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135); short contexts trained on a
+    processor hold it, block by block, and are faster."""
     T, S = q.size(-2), k.size(-2)
     if T == S <= 512 and q.device.type == 'cpu' and q.requires_grad:
         return attention_by_blocks(q, k, v, dropout)

@@ -5,6 +5,7 @@ What a script asks of the machine: device, precision, compilation, torchrun's ra
 """
 import atexit
 import contextlib
+import json
 import math
 import os
 import platform
@@ -38,6 +39,22 @@ def clock(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours:,}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s'
+
+
+def check_json(path):
+    """Fails now, not after minutes of work, where write_json could not write."""
+    if path not in ('', '-') and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
+        fail(f'json={path} cannot be written; type --json=FILE for another place, or --json=- for stdout')
+
+
+def write_json(path, figures):
+    """Figures as one JSON object: into the file --json names, to stdout for -, nowhere for ''."""
+    try:
+        if path:
+            with contextlib.nullcontext(sys.stdout) if path == '-' else open(path, 'w', encoding='utf-8') as f:
+                f.write(json.dumps(figures, indent=1) + '\n')
+    except OSError as error:
+        fail(f'json={path} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
 
 
 def find_device(name):
@@ -107,10 +124,10 @@ def find_compile(choice, device, pays=None):
     if choice == 'auto' and pays is None and not (device.startswith('cuda') and platform.system() == 'Linux'):
         return False, f' (not tried on {device}, {platform.system()})'
     # compiled code is kept for the next run, and not in /tmp, which a restart empties
-    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch')
+    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch', 'inductor')
     with contextlib.suppress(OSError):
-        os.makedirs(os.path.join(cache, 'inductor'), exist_ok=True)
-        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(cache, 'inductor'))
+        os.makedirs(cache, exist_ok=True)
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             torch.compile(lambda x: (x + 1).sum())(torch.ones(8, device=device))
