@@ -53,6 +53,7 @@ class GPTConfig:
     residual: bool = True        # x + f(x), else f(x)
     qk_norm: bool = False        # unit RMS for queries and keys
     activation: str = 'gelu'     # 'gelu' (tanh form, as GPT-2 was trained) | 'gelu_erf' (exact, as nanoGPT's) | 'relu2'
+    zero_init: bool = False      # residual branches and an untied head start at 0, else GPT-2's N(0, 0.02)
     # how it is trained; none of these changes what the finished model computes
     flash: bool = True           # fused attention, else the explicit formula
     label_smoothing: float = 0.0
@@ -102,31 +103,12 @@ def explicit_attention(q, k, v, dropout=0.0):
 
 
 def fused_attention(q, k, v, dropout=0.0):
-    """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135); short contexts trained on a
-    processor hold it, block by block, and are faster."""
+    """The same numbers without ever holding the (T, S) matrix (flash attention, arXiv 2205.14135)."""
     T, S = q.size(-2), k.size(-2)
-    if T == S <= 512 and q.device.type == 'cpu' and q.requires_grad:
-        return attention_by_blocks(q, k, v, dropout)
     if T == S or T == 1:   # a single query is the newest token and sees all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
-
-
-def attention_by_blocks(q, k, v, dropout=0.0, block=128):
-    """The formula for training on a processor, block queries at a time, so that most of the future is never computed. Forward
-    and backward in bf16: 22 instead of scaled_dot_product_attention's 48 ms for (16, 6, 256, 64), 1.7 instead of 5.8 ms for
-    (32, 2, 64, 64), 43 instead of 50 for (1, 12, 1024, 64), where it keeps too much in memory to be worth it."""
-    B, nh, T, hs = q.shape
-    q, k, v = (t.reshape(B * nh, T, hs) for t in (q, k, v))
-    blocks = []
-    with torch.autocast('cpu', enabled=False):   # which would make fp32 of the weights, and bf16 again for their product
-        for start in range(0, T, block):
-            end = min(start + block, T)
-            future = q.new_full((end - start, end), float('-inf')).triu(start + 1)                # (t, s)
-            scores = torch.baddbmm(future, q[:, start:end], k[:, :end].transpose(1, 2), alpha=1 / math.sqrt(hs))
-            blocks.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])                # (B·nh, t, hs)
-    return torch.cat(blocks, dim=1).view(B, nh, T, hs)
 
 
 def rotate(x, cos, sin):
@@ -160,7 +142,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.qk_norm, self.dropout = config.n_head, config.qk_norm, config.dropout
+        self.n_head, self.qk_norm, self.drop = config.n_head, config.qk_norm, nn.Dropout(config.dropout)
         self.attend = fused_attention if config.flash else explicit_attention
 
     def forward(self, x, rope=None, cache=None):
@@ -173,9 +155,9 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                                             # (B, nh, S, hs)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)                          # (B, nh, T, hs)
+        y = self.attend(q, k, v, self.drop.p if self.training else 0.0)                           # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                                                    # heads side by side
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.drop(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -183,11 +165,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
+        self.activation, self.drop = ACTIVATIONS[config.activation], nn.Dropout(config.dropout)
 
     def forward(self, x):
         x = self.c_fc(x)                                                                          # (B, T, 4C)
-        return F.dropout(self.c_proj(self.activation(x)), self.dropout, self.training)            # (B, T, C)
+        return self.drop(self.c_proj(self.activation(x)))                                         # (B, T, C)
 
 
 class Block(nn.Module):
@@ -228,6 +210,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=layer_norm(config) if config.norm == 'pre' else nn.Identity(),   # 'post' has just normalised
         ))
+        self.drop = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.pos == 'rope':
             hs = config.n_embd // config.n_head
@@ -236,7 +219,9 @@ class GPT(nn.Module):
             self.register_buffer('rope', torch.stack((angle.cos(), angle.sin())), persistent=False)  # (2, T, hs/2)
         # GPT-2's initialisation: N(0, 0.02); what is added to the residual stream 2·n_layer times starts smaller
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -260,7 +245,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)                                                             # (B, T, C)
         if self.config.pos == 'learned':
             x = x + self.transformer.wpe.weight[past:past + T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.drop(x)
         rope = self.rope[:, past:past + T] if self.config.pos == 'rope' else None
         for i, block in enumerate(self.transformer.h):
             if self.config.grad_checkpointing and self.training:

@@ -83,20 +83,6 @@ def check_memory(parameters, tokens):
             fail(f'{what} need {need / 2**30:,.0f} GiB at the least and this machine has {have / 2**30:,.0f}; type {remedy}')
 
 
-def muon_in_fp32():
-    """Let torch's Muon multiply in fp32. It always takes bf16, which makes a step five times as long on a processor that
-    has no bf16 (results/negative.md); the iteration is the same (kellerjordan.github.io/posts/muon)."""
-    def newton_schulz(grad, coefficients, steps, eps):
-        a, b, c = coefficients
-        x = grad.float() / grad.float().norm().clamp(min=eps)
-        x = x.T if grad.size(0) > grad.size(1) else x
-        for _ in range(steps):
-            gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return x.T if grad.size(0) > grad.size(1) else x
-    torch.optim._muon._zeropower_via_newtonschulz = newton_schulz
-
-
 def find_dtype(name, device):
     """'auto' -> 'bfloat16' where the hardware has it, 'float16' on older GPUs, 'float32' elsewhere."""
     allowed = ('auto', 'float32', 'bfloat16', 'float16')
@@ -321,8 +307,10 @@ def mean_loss(model, batches, device, dtype):
     for x, y in batches:
         with autocast(device, dtype):
             logits, _ = model(x.to(device))                                                       # (B, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), ignore_index=-1, reduction='none')
-        nats = nats + losses.to('cpu' if device == 'mps' else device, torch.float64).sum()   # the same for any batch size
+        some = max(1, 2**24 // logits.size(2))   # rows at a time: of a large vocabulary's logits only these in fp32
+        for rows, row_targets in zip(logits.flatten(0, 1).split(some), y.to(device).flatten().split(some)):
+            losses = F.cross_entropy(rows.float(), row_targets, ignore_index=-1, reduction='none')
+            nats = nats + losses.to('cpu' if device == 'mps' else device, torch.float64).sum()   # the same for any batch size
         targets += int((y >= 0).sum())
     model.train(was_training)
     nats, targets = total([float(nats), targets], device)

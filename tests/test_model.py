@@ -68,28 +68,6 @@ def test_explicit_and_fused_attention_agree(T, S):
         assert torch.allclose(torch.einsum('bhs,bhsd->bhd', scores.softmax(-1), v[:, :, :seen]), explicit[:, :, t], atol=1e-5)
 
 
-@pytest.mark.parametrize('T', [1, 3, 64, 128, 129, 300])
-def test_attention_by_blocks_is_the_formula(T):
-    """Its values, and the gradients of q, k and v, which the formula's autograd gives; fused_attention takes it for training."""
-    def run(attend):
-        torch.manual_seed(T)
-        q, k, v, g = (torch.randn(2, 3, T, 8, requires_grad=i < 3) for i in range(4))
-        y = attend(q, k, v)
-        y.backward(g)
-        return y.detach(), q.grad, k.grad, v.grad
-    for ours, formula in zip(run(gpt.attention_by_blocks), run(gpt.explicit_attention)):
-        assert torch.allclose(ours, formula, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(run(gpt.fused_attention), run(gpt.attention_by_blocks)))
-
-
-def test_attention_by_blocks_drops_weights():
-    """A third of them, the others made up for: each output is a mean over many draws of what no dropout gives."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 140, 8).expand(400, 2, 140, 8) for _ in 'qkv')
-    dropped, whole = gpt.attention_by_blocks(q, k, v, 1 / 3), gpt.explicit_attention(q, k, v)
-    assert (dropped.mean((0, 1)) - whole[0, 0]).abs().max() < 0.2 and (dropped - whole).abs().max() > 0.5
-
-
 def test_whole_models_agree_with_and_without_flash():
     net, idx = rough(small()), tokens(2, 32)
     explicit = rough(small(flash=False))

@@ -1,0 +1,205 @@
+"""
+Faster ways to the same numbers in training. `speed_up` puts them into a model, which computes the same without them.
+
+On a processor torch's dropout, attention and cross-entropy lose more time than the matrix products leave room for; on a GPU
+small nets wait for kernels to be launched, and Muon's many small products do so everywhere. Letters as in model.py.
+"""
+import ctypes
+import math
+import platform
+
+import torch
+from torch import nn
+
+from model import GPT, fused_attention
+from runtime import cpu_has_bf16
+
+ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, which a processor's cache may hold
+
+
+def speed_up(model):
+    """Make a GPT train faster where it is now, through the places model.py leaves for that; returns the model."""
+    model.forward = lambda idx, targets=None: lean_forward(model, idx, targets)
+    if next(model.parameters()).device.type == 'cpu':
+        keep_memory()
+        for layer in list(model.modules()):
+            if getattr(layer, 'attend', None) is fused_attention:   # not where the explicit formula was asked for
+                layer.attend = attend
+            for name, child in layer.named_children():
+                if type(child) is nn.Dropout:
+                    setattr(layer, name, Dropout(child.p))
+    return model
+
+
+def keep_memory():
+    """Let the C library keep what tensors give back instead of returning it to the system, which hands it out again page by
+    page, cleared: 4,600 instead of 4,010 tokens/s for the 10.65M net, 368 instead of 319 for GPT-2 124M, two cores, bf16."""
+    if platform.libc_ver()[0] == 'glibc':
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4   # mallopt(3)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+def kept(shape, p, dtype):
+    """Ones with probability 1 - p (to 16 bits), else zeros, on the processor: 1.4 ms for 1.6 million in bf16, where
+    bernoulli_ takes 11.7. A function of torch's seed, like any draw."""
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:count]
+    return torch.ge(bits.view(shape), round(p * 2**16) - 2**15, out=torch.empty(shape, dtype=dtype))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        if not self.training or not self.p or torch.compiler.is_compiling():
+            return super().forward(x)
+        return x * kept(x.shape, self.p, x.dtype).div_(1 - self.p)
+
+
+# ---- attention on a processor --------------------------------------------------------------------------------------
+
+def attend(q, k, v, dropout=0.0):
+    """model.py's attention with the weights of up to 1,024 tokens kept for the backward pass, as GPT-2 has them at most."""
+    T, S = q.size(-2), k.size(-2)
+    if T != S or T > 1024 or not q.requires_grad or torch.compiler.is_compiling():
+        return fused_attention(q, k, v, dropout)
+    with torch.autocast('cpu', enabled=False):   # which would make fp32 of the weights, and bf16 again for their product
+        y = BlockAttention.apply(*(t.flatten(0, 1) for t in (q, k, v)), dropout, max(64, T // 4))
+    return y.view_as(q)
+
+
+class BlockAttention(torch.autograd.Function):
+    """The formula `block` queries at a time, so that most of the future is never computed; (B·nh, T, hs) -> (B·nh, T, hs).
+
+    Forward and backward in bf16 on two cores: 18 instead of scaled_dot_product_attention's 48 ms for (16, 6, 256, 64), 28
+    instead of 48 for (1, 12, 1024, 64), 1.6 instead of 10 for (32, 4, 64, 32); with dropout, 25 instead of 59 by autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout, block):
+        T, y, saved = q.size(1), torch.empty_like(v), []
+        q = q / math.sqrt(q.size(2))
+        for start in range(0, T, block):
+            end = min(start + block, T)
+            scores = q[:, start:end] @ k[:, :end].transpose(1, 2)                                 # (B·nh, t, s)
+            scores[:, :, start:] += scores.new_full((end - start, end - start), float('-inf')).triu(1)
+            weights = scores.softmax(dim=-1)
+            keep = kept(weights.shape, dropout, weights.dtype) if dropout else None
+            torch.bmm(weights * keep if dropout else weights, v[:, :end], out=y[:, start:end])
+            saved += [weights, keep]
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.dropout, ctx.block = dropout, block
+        return y.div_(1 - dropout) if dropout else y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, *saved = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dy = dy / (1 - ctx.dropout)
+        for i, start in enumerate(range(0, q.size(1), ctx.block)):
+            end, (weights, keep) = min(start + ctx.block, q.size(1)), saved[2 * i:2 * i + 2]
+            dweights = dy[:, start:end] @ v[:, :end].transpose(1, 2)                              # (B·nh, t, s)
+            dropped = weights
+            if ctx.dropout:
+                dropped, dweights = weights * keep, dweights.mul_(keep)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
+            dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
+            dv[:, :end] += dropped.transpose(1, 2) @ dy[:, start:end]
+        return dq.div_(math.sqrt(q.size(2))), dk, dv, None, None
+
+
+# ---- head and loss -------------------------------------------------------------------------------------------------
+
+def lean_forward(model, idx, targets=None):
+    """GPT.forward; in training over a large vocabulary without handing out logits, (None, loss)."""
+    if targets is None or not model.training or model.config.vocab_size < 4096 or torch.compiler.is_compiling():
+        return GPT.forward(model, idx, targets)   # compiled, torch fuses the loss itself
+    logits = model.lm_head(model.hidden(idx))                                                     # (B, T, V)
+    return None, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), model.config.label_smoothing)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy (ignoring targets of -1) of logits (N, V) that nobody else reads: their gradient is written over them,
+    some rows at a time in fp32, where autograd holds three copies of all in fp32. GPT-2 at 1,024 tokens: 0.6 GB less."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, smoothing):
+        V, loss = logits.size(1), 0.0
+        valid = targets >= 0
+        for rows, target, mask in zip(*(t.split(max(1, ROW_ELEMENTS // V)) for t in (logits, targets, valid))):
+            z, target = rows.float(), target.clamp(min=0)[:, None]                                # (n, V), (n, 1)
+            log_sum = z.logsumexp(dim=1, keepdim=True)                                            # (n, 1)
+            nats = log_sum - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(dim=1, keepdim=True)
+            loss = loss + (nats[:, 0] * mask).sum()
+            gradient = (z - log_sum).exp_().sub_(smoothing / V)
+            gradient.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1))
+            rows.copy_(gradient.mul_(mask[:, None]))
+        ctx.gradient, ctx.count = logits, valid.sum()
+        return loss / ctx.count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        return ctx.gradient.mul_((dloss / ctx.count).to(ctx.gradient.dtype)), None, None
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------------------------
+
+def make_optimizers(model, name, learning_rate, muon_learning_rate, weight_decay, betas):
+    """AdamW for all of a model's parameters, or for 'muon' Muon for the blocks' matrices and AdamW for the rest.
+
+    Returns the optimizers, each group with its 'peak' rate, and (parameter, rows, part): what Muon sees as a parameter is a
+    part that shares the model's storage, QKV being three, and needs parameter.grad[rows] as its gradient."""
+    device = next(model.parameters()).device.type
+    parts = [(p, rows, nn.Parameter(p.detach()[rows])) for _, p, rows in model.muon_matrices()] if name == 'muon' else []
+    groups, muons = model.optimizer_groups(weight_decay), {id(p) for p, _, _ in parts}
+    for group in groups:
+        group['params'] = [p for p in group['params'] if id(p) not in muons]
+    made = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device != 'mps')]
+    if parts:
+        made.append(Muon([part for _, _, part in parts], precise=device == 'cpu' and not cpu_has_bf16(),
+                         lr=muon_learning_rate, weight_decay=weight_decay))
+    for opt, peak in zip(made, (learning_rate, muon_learning_rate)):
+        for group in opt.param_groups:
+            group['peak'] = peak
+    return made, parts
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (kellerjordan.github.io/posts/muon) with all matrices of a shape orthogonalized together: see
+    results/speed.md for its factor. In fp32 where the processor has no bf16: emulated it takes five times as long."""
+
+    def __init__(self, params, precise=False, **settings):
+        super().__init__(params, **settings)
+        self.precise = precise
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(tuple(p.shape), []).append(p)
+            for (rows, columns), params in shapes.items():
+                grads = [p.grad for p in params]
+                averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
+                updates = torch.stack(torch._foreach_lerp(grads, averages, group['momentum']))    # Nesterov's look ahead
+                updates = orthogonalized(updates if self.precise else updates.bfloat16(), group)
+                updates = list((updates.to(params[0].dtype) * (group['lr'] * math.sqrt(max(1, rows / columns)))).unbind())
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_sub_(params, updates)
+
+
+def orthogonalized(x, group):
+    """Five Newton-Schulz iterations that take the singular values of matrices (n, rows, columns) towards 1."""
+    a, b, c = group['ns_coefficients']
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
+    for _ in range(group['ns_steps']):
+        gram = x @ x.mT                                                                           # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -1,0 +1,193 @@
+"""fast.py: each faster way beside the formula, torch's own or transformers'. pytest tests/test_fast.py"""
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fast
+import model as gpt
+from model import GPT, GPTConfig
+
+SMALL = dict(block_size=32, vocab_size=61, n_layer=2, n_head=3, n_embd=48)
+
+
+@pytest.mark.parametrize('T', [1, 3, 64, 128, 129, 300])
+def test_attention_by_blocks_is_the_formula(T):
+    """Its values, and the gradients of q, k and v, which the formula's autograd gives."""
+    def run(attend):
+        torch.manual_seed(T)
+        q, k, v, g = (torch.randn(2, 3, T, 8, requires_grad=i < 3) for i in range(4))
+        y = attend(q, k, v)
+        y.backward(g)
+        return y.detach(), q.grad, k.grad, v.grad
+    for ours, formula in zip(run(fast.attend), run(gpt.explicit_attention)):
+        assert torch.allclose(ours, formula, atol=1e-5)
+
+
+@pytest.mark.parametrize('T', [3, 140])
+def test_attention_drops_weights_and_differentiates_what_it_dropped(T, monkeypatch):
+    """With the same mask as the formula: values and gradients to 1e-5; the mask drops the share it is asked for."""
+    masks = []
+    monkeypatch.setattr(fast, 'kept', lambda *args, draw=fast.kept: masks.append(draw(*args)) or masks[-1])
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, T, 8, requires_grad=i < 3) for i in range(4))
+    y = fast.attend(q, k, v, 0.3)
+    mine = torch.autograd.grad(y, (q, k, v), g)
+    keep = torch.ones(6, T, T)
+    for mask, start in zip(masks, range(0, T, max(64, T // 4))):
+        keep[:, start:start + mask.size(1), :mask.size(2)] = mask
+    formula = (gpt.attention_weights(q, k) * keep.view(2, 3, T, T) / 0.7) @ v
+    assert torch.allclose(y, formula, atol=1e-5)
+    for ours, its in zip(mine, torch.autograd.grad(formula, (q, k, v), g)):
+        assert torch.allclose(ours, its, atol=1e-5)
+    if T > 100:
+        assert abs(sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) - 0.7) < 0.005
+
+
+def test_attention_by_blocks_is_taken_in_training_alone():
+    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    taken = net(torch.zeros(1, 8, dtype=torch.long))[0].grad_fn
+    names, todo = set(), [taken]
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [parent for parent, _ in node.next_functions if parent]
+    assert 'BlockAttentionBackward' in names
+    with torch.no_grad():
+        assert net.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape == (1, 4)
+    explicit = fast.speed_up(GPT(GPTConfig(**SMALL, flash=False)))
+    assert explicit.transformer.h[0].attn.attend is gpt.explicit_attention
+
+
+@pytest.mark.parametrize('p', [0.0, 0.1, 0.5, 0.999])
+def test_dropout(p):
+    """The share kept (five standard errors), made up for; the gradient through the same mask; a function of the seed."""
+    layer, x = fast.Dropout(p), torch.ones(100, 999, requires_grad=True)
+    torch.manual_seed(1)
+    y = layer(x)
+    share = (y > 0).float().mean().item()
+    assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / x.numel())
+    assert torch.allclose(y[y > 0], torch.tensor(1 / (1 - p)))
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), y)
+    neighbours = (y[:, 1:] > 0) & (y[:, :-1] > 0)   # draws beside each other share no bits
+    assert abs(neighbours.float().mean().item() - (1 - p) ** 2) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_cross_entropy_is_torchs(smoothing, monkeypatch):
+    """Loss and gradient of the logits, with ignored targets, over several chunks of rows."""
+    torch.manual_seed(2)
+    logits, targets = 3 * torch.randn(50, 300_000 // 50), torch.randint(6000, (50,))
+    targets[::7] = -1
+    theirs = logits.clone().requires_grad_()
+    expected = F.cross_entropy(theirs, targets, ignore_index=-1, label_smoothing=smoothing)
+    (3 * expected).backward()
+    monkeypatch.setattr(fast, 'ROW_ELEMENTS', 6000 * 8)
+    ours = logits.clone().requires_grad_()
+    loss = fast.CrossEntropy.apply(ours * 1.0, targets, smoothing)
+    assert abs(loss - expected) < 1e-5
+    (3 * loss).backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
+
+
+def test_a_large_vocabulary_trains_the_same():
+    """Loss and every gradient of a net with 5,000 tokens, with and without what speed_up puts in; evaluation gives logits."""
+    def run(faster):
+        torch.manual_seed(3)
+        net = GPT(GPTConfig(**{**SMALL, 'vocab_size': 5000}))
+        if faster:
+            fast.speed_up(net)
+        idx = torch.randint(5000, (3, 32))
+        logits, loss = net(idx, idx.roll(-1, 1))
+        loss.backward()
+        return net, logits, loss, [p.grad for p in net.parameters()]
+    (_, _, loss, grads), (net, logits, lean, lean_grads) = run(False), run(True)
+    assert logits is None and abs(loss - lean) < 1e-5
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, lean_grads))
+    idx = torch.zeros(1, 4, dtype=torch.long)
+    assert net.eval()(idx, idx)[0].shape == (1, 4, 5000) and net.train()(idx)[0].shape == (1, 4, 5000)
+
+
+@pytest.mark.parametrize('change', ['attention', 'dropout module', 'loss', 'muon', 'all'])
+def test_the_loss_curve_stays(change):
+    """Twenty steps in fp32 with and without each way: the same losses to 1e-5. Dropout, whose draws differ, at p = 0 here."""
+    def curve(faster):
+        torch.manual_seed(4)
+        net = GPT(GPTConfig(**{**SMALL, 'vocab_size': 4096, 'block_size': 64}))
+        if faster and change == 'all':
+            fast.speed_up(net)
+        if faster and change == 'attention':
+            for block in net.transformer.h:
+                block.attn.attend = fast.attend
+        if faster and change == 'dropout module':
+            for layer in [net, *(block.attn for block in net.transformer.h), *(block.mlp for block in net.transformer.h)]:
+                layer.drop = fast.Dropout(0.0)
+        if faster and change == 'loss':
+            net.forward = lambda idx, targets: fast.lean_forward(net, idx, targets)
+        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
+        optimizers[1].precise = True
+        if not (faster and change in ('muon', 'all')):   # a matrix at a time
+            for group in optimizers[1].param_groups:
+                singles = [dict(group, params=[p]) for p in group['params']]
+            optimizers[1].param_groups = singles
+        losses, generator = [], torch.Generator().manual_seed(5)
+        for _ in range(20):
+            idx = torch.randint(40, (2, 65), generator=generator)
+            loss = net(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            for p, rows, part in parts:
+                part.grad = p.grad[rows]
+            for opt in optimizers:
+                opt.step()
+            net.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        return losses
+    slow, quick = curve(False), curve(True)
+    assert slow[-1] < slow[0] - 1 and max(abs(a - b) for a, b in zip(slow, quick)) < 1e-5
+
+
+@pytest.mark.parametrize('precise', [False, True])
+def test_muon_is_torchs_matrix_by_matrix(precise, monkeypatch):
+    """Three steps with matrices of three shapes beside torch.optim.Muon, whose products are in bf16."""
+    def run(kind, **settings):
+        torch.manual_seed(6)
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (32, 8), (8, 32), (8, 8), (8, 32))]
+        opt = kind(params, lr=0.1, weight_decay=0.2, **settings)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        return params, opt
+    (theirs, _), (ours, opt) = run(torch.optim.Muon), run(fast.Muon, precise=precise)
+    # bf16 rounds each of fifteen products to 2^-9 of its value; the same rounding in one order and the other
+    assert max((a - b).abs().max().item() for a, b in zip(theirs, ours)) < (0.02 if precise else 0.004)
+    assert all(set(state) == {'momentum_buffer'} for state in opt.state_dict()['state'].values())
+
+
+def test_orthogonalized_is_the_polynomial_of_the_singular_values():
+    """In fp64: u p(p(...(s))) v of the singular value decomposition, p(s) = a s + b s^3 + c s^5."""
+    torch.manual_seed(7)
+    x = torch.randn(3, 12, 5, dtype=torch.float64)
+    group = dict(ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
+    u, s, vh = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert torch.allclose(fast.orthogonalized(x, group), u @ torch.diag_embed(s) @ vh, atol=1e-9)
+
+
+def test_kept_memory_is_asked_for_where_there_is_glibc(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fast.ctypes, 'CDLL', lambda name: type('C', (), dict(mallopt=lambda self, *a: calls.append(a)))())
+    monkeypatch.setattr(fast.platform, 'libc_ver', lambda: ('glibc', '2.36'))
+    fast.keep_memory()
+    assert calls == [(-4, 0), (-1, -1)]
+    monkeypatch.setattr(fast.platform, 'libc_ver', lambda: ('', ''))
+    fast.keep_memory()
+    assert len(calls) == 2 and sys.modules['fast'] is fast
