@@ -1,48 +1,63 @@
 """
-How fast it is, beside how fast the memory lets it be and how fast others are, in one run.
+How fast it is, beside how fast the machine lets it be and how fast others are, in one run.
 
+    python bench.py train                                              # a step of three nets, its share of the GEMM rate
+    python bench.py train --peer=transformers,nanogpt:PATH             # theirs and ours in turns; PATH: a clone of nanoGPT
+    python bench.py train --net=10.65M --profile                       # where a step's time goes
+    python bench.py train --net=10.65M --growth --plot=growth.png      # with context, batch and depth
     python bench.py sample                                             # GPT-2's shape, random weights
     python bench.py sample --net=10.65M --batch=1 --context=16,200     # nanoGPT's net for characters
-    python bench.py sample --batch=1 --peer=transformers,nanogpt:PATH  # theirs and ours in turns; PATH: a clone of nanoGPT
-    python bench.py sample --json=-                                    # rows, machine and versions instead of a table
+    python bench.py sample --batch=1 --peer=transformers,nanogpt:PATH
+    python bench.py train --json=-                                     # rows, machine and versions instead of a table
 
 Writes a table, or JSON, to stdout; reads nothing but the peers.
 """
 import contextlib
 import functools
 import importlib.util
+import json as jsons
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 
 import decoding
+import plots
 import runtime
 from configurator import configure, fail
 from model import GPT, GPTConfig, chances
 from runtime import say
 
-what = 'sample'          # the benchmark; may be typed first, without --what=
-net = '124M'             # '124M', GPT-2's; '10.65M' and '0.8M', nanoGPT's for characters
-batch = '1,8,64'         # texts at a time, one or several numbers
-context = '16,256,1000'  # tokens before the first one that is timed, one or several numbers
-tokens = 40              # tokens to time in a run, each on its own
+what = 'sample'          # the benchmark, 'sample' or 'train'; may be typed first, without --what=
+net = 'auto'             # '124M', GPT-2's; '10.65M' and '0.8M', nanoGPT's for characters; train takes several; 'auto': all
+batch = ''               # sample: texts at a time; train: sequences a step; one or several numbers; '': usual ones
+context = ''             # sample: tokens before the first that is timed; train: of a sequence; '': as far as it sees
+tokens = 40              # sample: tokens to time in a run, each on its own
+dropout = 'auto'         # train: a share, or 'auto' for nanoGPT's config: 0.2 for the 10.65M net, else 0
+optimizer = 'adamw'      # train: ours, 'adamw' as nanoGPT's, or 'muon'
+profile = False          # train: show where the time of our step goes
+growth = False           # train: our step for contexts of 256 to 4,096, batches of 1 to 32 and 1 to 12 layers of one net
+plot = ''                # train --growth: draw it into this .png too
+quick = False            # train: two nets, one short run: whether it works, not how fast
 runs = 3                 # runs of each measurement, in turns: the table has their median, JSON their range too
-peer = ''                # 'transformers', 'nanogpt:PATH', or both with a comma; measured at batch 1
+peer = ''                # 'transformers', 'nanogpt:PATH', or both with a comma; sample measures them at batch 1
 json = ''                # write rows, machine and versions into this file, - for stdout instead of the table
 seed = 1337              # of weights, prompts and draws
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'           # of the weights, one or several of float32,bfloat16,int8; 'auto': all of them
-compile = 'auto'         # compile the steps of a single text, as sample.py --compile; 'auto': on a processor
+dtype = 'auto'           # ours: one or several of float32,bfloat16, for sample also int8; 'auto': train.py's choice, or all
+compile = 'auto'         # compile our steps, as train.py or sample.py would
 if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
     sys.argv[1] = f'--what={sys.argv[1]}'
 configure(globals(), runtime.find_device)
 
 NETS = {'124M': {}, '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
         '0.8M': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)}
+AT_ONCE = {'124M': (1, 16), '10.65M': (16, 64), '0.8M': (12, 12)}   # sequences in a step on a processor, and on a GPU
 
 
 def one_of(name, value, allowed):
@@ -58,28 +73,19 @@ def numbers(name, value, most=1 << 20):
     return [int(part) for part in parts]
 
 
-one_of('what', what, ('sample',))
-one_of('net', net, tuple(NETS))
-dtypes = ['float32', 'bfloat16', 'int8'] if dtype == 'auto' else dtype.split(',')
+one_of('what', what, ('sample', 'train'))
+dtypes = [] if dtype == 'auto' else dtype.split(',')
 for part in dtypes:
-    one_of('dtype', part, ('float32', 'bfloat16', 'int8'))
+    one_of('dtype', part, ('float32', 'bfloat16', 'int8')[:3 if what == 'sample' else 2])
 peers = peer.split(',') if peer else []
 for part in peers:
     if part != 'transformers' and not (part.startswith('nanogpt:') and os.path.isfile(os.path.join(part[8:], 'model.py'))
                                        and part[8:]):
         fail(f'peer={part!r}: allowed are transformers, and nanogpt:PATH with the folder of nanoGPT\'s model.py; type '
              f'--peer=transformers')
-for name, value, least in (('tokens', tokens, 2), ('runs', runs, 1)):
+for part, value, least in (('tokens', tokens, 2), ('runs', runs, 1)):
     if value < least:
-        fail(f'{name}={value}: it must be {least} or more; type --{name}={least + 2}')
-config, batches, contexts = GPTConfig(**NETS[net]), numbers('batch', batch, 4096), numbers('context', context)
-if tokens >= config.block_size:
-    fail(f'tokens={tokens}: the {net} net has block_size={config.block_size}; type --tokens={config.block_size // 2}')
-if context == '16,256,1000':   # as far as this net sees
-    contexts = sorted({min(T, config.block_size - tokens) for T in contexts})
-if max(contexts) + tokens > config.block_size:
-    fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} of the {net} net; type '
-         f'--context={config.block_size - tokens}')
+        fail(f'{part}={value}: it must be {least} or more; type --{part}={least + 2}')
 runtime.check_json(json)
 
 
@@ -88,6 +94,8 @@ def wait():
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
 
 def read_rate():
     """What this machine reads from memory now, bytes/s: the sum of 256 MB, best of 5."""
@@ -99,7 +107,7 @@ def read_rate():
     return max(rates)
 
 
-# ---- who is measured: functions (prompt (1, T), texts, tokens) -> seconds of each token, the prompt's in the first ---------
+# who is measured: functions (prompt (1, T), texts, tokens) -> seconds of each token, the prompt's in the first
 
 def ours(precision):
     torch.manual_seed(seed)
@@ -172,56 +180,208 @@ def nanogpt_peer(path):
         return seconds
     return timed
 
+# ---- training ------------------------------------------------------------------------------------------------------
 
-_, compile = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
-others = []
-for name in peers:
-    if name == 'transformers':
-        others += [('transformers', precision, transformers_peer(precision)) for precision in ('float32', 'bfloat16')]
-    else:
-        others.append(('nanogpt', 'float32', nanogpt_peer(name[8:])))
-measured = [('ours', precision, ours(precision)) for precision in dtypes] + others
+def start(who, precision, shape, share):
+    """A process that trains steps of this shape when asked, see bench_step.py, and what it says of itself."""
+    flags = [f'--{key}={value}' for key, value in shape.items()]
+    if who == 'ours':
+        flags += [f'--optimizer={optimizer}', f'--compile={compile}']
+    errors = tempfile.TemporaryFile()
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'bench_step.py'), f'--who={who}', *flags,
+         f'--dropout={share}', f'--seed={seed}', f'--device={device}', f'--dtype={precision}'],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    process.errors = errors
+    try:
+        return process, hear(process)
+    except BaseException:
+        process.kill()
+        raise
+
+
+def ask(process, order):
+    """Send a number of steps, or 'profile', and wait for the answer."""
+    process.stdin.write(f'{order}\n')
+    process.stdin.flush()
+    return hear(process)
+
+
+def hear(process):
+    line = process.stdout.readline()
+    if line:
+        return jsons.loads(line)
+    process.errors.seek(0)
+    lines = process.errors.read().decode('utf-8', 'replace').strip().splitlines() or ['it ended without a word']
+    refused = next((line for line in lines if line.startswith('error: ')), None)
+    if refused:
+        fail(refused.removeprefix('error: '))
+    fail(f'a measured process ended with exit code {process.wait()}: {lines[-1]}; type --net=0.8M for less memory')
+
+
+def measure(contenders, shape, share, **more):
+    """Rows of (who, precision) that train one shape in turns; each in its own process, so only one works at a time."""
+    started, runs_of, texts, T = [], [], shape['batch_size'], shape['block_size']
+    try:
+        for who, precision in contenders:
+            started.append(start(who, precision, shape, share))
+            runs_of.append([])
+        for _ in range(1 if quick else runs):
+            for (process, said), answers in zip(started, runs_of):
+                seconds = 0.2 if quick else 3.0
+                answers.append(ask(process, max(1, round(seconds / said['step_s']))))
+        profiles = [ask(process, 'profile') if profile and who == 'ours' else {}
+                    for (process, _), (who, _) in zip(started, contenders)]
+    finally:
+        for process, _ in started:
+            process.stdin.close()
+        for process, _ in started:
+            process.wait(60)
+    found = []
+    for (who, _), (_, said), answers, profiled in zip(contenders, started, runs_of, profiles):
+        steps = sorted(answer['seconds'] / answer['steps'] for answer in answers)
+        step = statistics.median(steps)
+        row = dict(what='train', who=who.partition(':')[0], precision=said['precision'], batch=texts, context=T, dropout=share,
+                   n_layer=shape['n_layer'], tok_per_s=texts * T / step, tok_per_s_min=texts * T / steps[-1],
+                   tok_per_s_max=texts * T / steps[0], step_ms=1e3 * step, compiled=said['compiled'],
+                   first_step_s=said['first_s'], peak_memory_mb=answers[-1]['memory'] / 1e6, **more)
+        if who == 'ours':
+            rate, gemm = row['tok_per_s'] * said['flops_per_token'], statistics.median(a['gemm'] for a in answers)
+            loader = statistics.median(a['parts']['loader'] / a['seconds'] for a in answers)
+            peak = runtime.peak_flops(device)
+            row |= dict(optimizer=optimizer, parameters=said['parameters'], gflop_per_s=rate / 1e9, gemm_gflop_per_s=gemm / 1e9,
+                        share_of_gemm=rate / gemm, loader_ms=1e3 * loader * step, loader_share=loader,
+                        compile_s=max(0.0, said['first_s'] - said['step_s']) if said['compiled'] else 0.0)
+            row |= dict(mfu=rate / peak) if peak else {}
+            row |= dict(parts={part: t / profiled['seconds'] for part, t in profiled['parts'].items()},
+                        kinds=profiled['kinds']) if profiled else {}
+        found.append(row)
+    base = next((row['tok_per_s'] for row in found if row['who'] == 'nanogpt'), None)
+    for row in found:
+        if base:
+            row['times_nanogpt'] = row['tok_per_s'] / base
+        rows.append(row)
+        show(f'{row["net"]:7} {row["who"]:12} {row["precision"]:9} {texts:5} {T:7} {row["n_layer"]:6} {share:7} '
+             f'{row["step_ms"]:9.1f} {row["tok_per_s"]:9,.0f} {row.get("times_nanogpt", 0):6.2f} {row["peak_memory_mb"]:7,.0f}'
+             + (f' {row["gflop_per_s"]:9,.0f} {100 * row["share_of_gemm"]:6.0f} % {100 * row["loader_share"]:6.2f} % '
+                f'{row["compile_s"]:6.1f}' if row['who'] == 'ours' else ''))
+        for title in ('parts', 'kinds'):
+            if title in row:
+                show(f'        {"step" if title == "parts" else "forward and backward"}: ' + ', '.join(
+                    f'{part} {100 * part_share:.1f} %' for part, part_share in row[title].items()))
+    return found
+
+
+def bench_train():
+    """Each net's step, ours and the peers' in turns; or ours alone as context, batch and depth grow."""
+    names = [part.strip() for part in net.split(',')] if net != 'auto' else (
+        ['10.65M'] if growth else ['0.8M', '10.65M'] if quick else ['0.8M', '10.65M', '124M'])
+    for name in names:
+        one_of('net', name, tuple(NETS))
+    one_of('optimizer', optimizer, ('adamw', 'muon'))
+    try:
+        assert dropout == 'auto' or 0 <= float(dropout) < 1
+    except (ValueError, AssertionError):
+        fail(f'dropout={dropout!r}: allowed are auto, and numbers from 0 to below 1; type --dropout=auto')
+    if plot and not (growth and plot.endswith('.png') and os.access(os.path.dirname(os.path.abspath(plot)), os.W_OK)):
+        fail(f'plot={plot!r}: allowed is the name of a .png that can be written, with --growth; type --growth '
+             f'--plot=growth.png')
+    contenders = [('ours', precision) for precision in dtypes or ['auto']]
+    for part in peers if not growth else []:
+        precisions = dtypes or ('float32', 'bfloat16') if part == 'transformers' else ('float32',)   # nanoGPT has its own way
+        contenders += [(part, precision) for precision in precisions]
+    batches = None if not batch else numbers('batch', batch, 4096)
+    contexts = None if not context else numbers('context', context)
+    show(f'{"net":7} {"":12} {"":9} batch context layers dropout   ms/step     tok/s x nano      MB    GFLOP/s  of GEMM  '
+         f'loader compile s')
+    for name in names:
+        config = GPTConfig(**NETS[name])
+        texts, lengths = batches or [AT_ONCE[name][device.startswith('cuda')]], contexts or [config.block_size]
+        share = (0.2 if name == '10.65M' else 0.0) if dropout == 'auto' else float(dropout)
+        shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+                     vocab_size=50304 if name == '124M' else config.vocab_size, bias=False)
+        if not growth:
+            for B in texts:
+                for T in lengths:
+                    measure(contenders, dict(shape, block_size=T, batch_size=B), share, net=name)
+            continue
+        T, B = config.block_size, 16 if name != '124M' else 1
+        for changes in ([dict(block_size=long, batch_size=max(1, 4096 // long)) for long in (256, 512, 1024, 2048, 4096)],
+                        [dict(batch_size=many) for many in (1, 2, 4, 8, 16, 32)],
+                        [dict(n_layer=deep) for deep in (1, 2, 4, 8, 12)]):
+            what_grows = next(iter(changes[0]))
+            for change in changes[:2] if quick else changes:
+                measure(contenders, dict(shape, block_size=T, batch_size=B) | change, share, net=name,
+                        growth=dict(block_size='context', batch_size='batch', n_layer='n_layer')[what_grows])
+    if plot:
+        plots.growth(rows, plot)
+
 
 rows, show = [], functools.partial(print, flush=True) if json != '-' else say
-show(f'{"":14} {"":9} batch context prefill ms  first ms  step ms    tok/s   MB/token  of the read rate')
-with torch.inference_mode():
-    for texts in batches:
-        for T in contexts:
-            prompt = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(seed)).to(device)
-            found = [entry for entry in measured if texts == 1 or entry[0] == 'ours']
-            seconds, prefills, rates = [[] for _ in found], [[] for _ in found], []
-            for run in range(-1, runs):   # the first one warms up: it compiles, allocates, fills caches
-                rates.append(read_rate())   # it drifts with the neighbours of a shared machine: the median counts
-                for (who, _, timed), taken, prefill in zip(found, seconds, prefills):
+if what == 'train':
+    bench_train()
+else:
+    net = '124M' if net == 'auto' else net
+    one_of('net', net, tuple(NETS))
+    config, batches = GPTConfig(**NETS[net]), numbers('batch', batch or '1,8,64', 4096)
+    if tokens >= config.block_size:
+        fail(f'tokens={tokens}: the {net} net has block_size={config.block_size}; type --tokens={config.block_size // 2}')
+    contexts = numbers('context', context) if context else sorted(
+        {min(T, config.block_size - tokens) for T in (16, 256, 1000)})
+    if max(contexts) + tokens > config.block_size:
+        fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} of the {net} net; type '
+             f'--context={config.block_size - tokens}')
+    _, compile = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
+    others = []
+    for name in peers:
+        if name == 'transformers':
+            others += [('transformers', precision, transformers_peer(precision)) for precision in ('float32', 'bfloat16')]
+        else:
+            others.append(('nanogpt', 'float32', nanogpt_peer(name[8:])))
+    measured = [('ours', precision, ours(precision)) for precision in dtypes or ('float32', 'bfloat16', 'int8')] + others
+
+    show(f'{"":14} {"":9} batch context prefill ms  first ms  step ms    tok/s   MB/token  of the read rate')
+    with torch.inference_mode():
+        for texts in batches:
+            for T in contexts:
+                prompt = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(seed)).to(device)
+                found = [entry for entry in measured if texts == 1 or entry[0] == 'ours']
+                seconds, prefills, rates = [[] for _ in found], [[] for _ in found], []
+                for run in range(-1, runs):   # the first one warms up: it compiles, allocates, fills caches
+                    rates.append(read_rate())   # it drifts with the neighbours of a shared machine: the median counts
+                    for (who, _, timed), taken, prefill in zip(found, seconds, prefills):
+                        if who == 'ours':
+                            started = wait()
+                            timed.model.next_logits(prompt)
+                            prefill.append(wait() - started)
+                        taken.append(timed(prompt, texts, 3 if run < 0 else tokens))
+                rate = statistics.median(rates)
+                for (who, precision, timed), taken, prefill in zip(found, seconds, prefills):
+                    steps = sorted(statistics.median(run[1:]) for run in taken[1:])
+                    step = statistics.median(steps)
+                    row = dict(what='sample', who=who, net=net, precision=precision, batch=texts, context=T,
+                               tok_per_s=texts / step, tok_per_s_min=texts / steps[-1], tok_per_s_max=texts / steps[0],
+                               step_ms=1e3 * step,
+                               first_token_ms=1e3 * statistics.median(run[0] for run in taken[1:]), compiled=False)
                     if who == 'ours':
-                        started = wait()
-                        timed.model.next_logits(prompt)
-                        prefill.append(wait() - started)
-                    taken.append(timed(prompt, texts, 3 if run < 0 else tokens))
-            rate = statistics.median(rates)
-            for (who, precision, timed), taken, prefill in zip(found, seconds, prefills):
-                steps = sorted(statistics.median(run[1:]) for run in taken[1:])
-                step = statistics.median(steps)
-                row = dict(what='sample', who=who, net=net, precision=precision, batch=texts, context=T, tok_per_s=texts / step,
-                           tok_per_s_min=texts / steps[-1], tok_per_s_max=texts / steps[0], step_ms=1e3 * step,
-                           first_token_ms=1e3 * statistics.median(run[0] for run in taken[1:]), compiled=False)
-                if who == 'ours':
-                    kv = 2 * config.n_layer * config.n_embd * (T + tokens / 2)   # numbers a text keeps, on a processor in fp32
-                    kv *= 4 if device == 'cpu' or precision == 'float32' else 2
-                    size = decoding.weight_bytes(timed.model) + texts * kv
-                    row |= dict(prefill_ms=1e3 * statistics.median(prefill[1:]), bytes_per_token=size / texts,
-                                share_of_read_rate=size / step / rate, read_gb_per_s=rate / 1e9,
-                                compiled=compile and texts == 1)
-                rows.append(row)
-                prefill_ms = f'{row["prefill_ms"]:.0f}' if who == 'ours' else '-'
-                show(f'{who:14} {precision:9} {texts:5} {T:7} {prefill_ms:>10} {row["first_token_ms"]:9.0f} '
-                    f'{row["step_ms"]:8.2f} {row["tok_per_s"]:8.1f}' + (f' {row["bytes_per_token"] / 1e6:10.1f} '
-                    f'{100 * row["share_of_read_rate"]:10.0f} %' if who == 'ours' else ''))
+                        kv = 2 * config.n_layer * config.n_embd * (T + tokens / 2)   # numbers kept, on a processor in fp32
+                        kv *= 4 if device == 'cpu' or precision == 'float32' else 2
+                        size = decoding.weight_bytes(timed.model) + texts * kv
+                        row |= dict(prefill_ms=1e3 * statistics.median(prefill[1:]), bytes_per_token=size / texts,
+                                    share_of_read_rate=size / step / rate, read_gb_per_s=rate / 1e9,
+                                    compiled=compile and texts == 1)
+                    rows.append(row)
+                    prefill_ms = f'{row["prefill_ms"]:.0f}' if who == 'ours' else '-'
+                    show(f'{who:14} {precision:9} {texts:5} {T:7} {prefill_ms:>10} {row["first_token_ms"]:9.0f} '
+                         f'{row["step_ms"]:8.2f} {row["tok_per_s"]:8.1f}' + (f' {row["bytes_per_token"] / 1e6:10.1f} '
+                        f'{100 * row["share_of_read_rate"]:10.0f} %' if who == 'ours' else ''))
 
 machine = dict(device=device, processor=platform.processor() or platform.machine(), system=platform.system(),
-               threads=torch.get_num_threads(), bf16=runtime.cpu_has_bf16(),
-               read_gb_per_s=max(row.get('read_gb_per_s', 0) for row in rows))
+               threads=torch.get_num_threads(), bf16=runtime.cpu_has_bf16())
+for rate in ('read_gb_per_s', 'gemm_gflop_per_s'):
+    machine |= {rate: max(row[rate] for row in rows if rate in row)} if any(rate in row for row in rows) else {}
 versions = dict(python=platform.python_version(), torch=torch.__version__)
 if 'transformers' in peers:
-    versions['transformers'] = sys.modules['transformers'].__version__
+    import transformers
+    versions['transformers'] = transformers.__version__
 runtime.write_json(json, dict(rows=rows, machine=machine, versions=versions, command=' '.join(['python', *sys.argv])))

@@ -43,3 +43,30 @@ def losses(log_path, path, title):
         say(f'{path} could not be written ({error.strerror})')
     finally:
         plt.close(figure)
+
+
+def growth(rows, path):
+    """Draw milliseconds a step and peak memory of bench.py train --growth into a PNG, one panel a quantity that grows."""
+    try:
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        say(f'no {path}: matplotlib is missing; type pip install -r requirements.txt')
+        return
+    kinds = list(dict.fromkeys(row['growth'] for row in rows))
+    figure, panels = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6), squeeze=False, sharex='col')
+    for kind, (above, below) in zip(kinds, panels.T):
+        points = [row for row in rows if row['growth'] == kind]
+        x = [row[kind] for row in points]
+        # contexts are measured at the same number of tokens a step, so that only the attention grows
+        for axes, key, label in ((above, 'step_ms', 'ms a step'), (below, 'peak_memory_mb', 'peak memory, MB')):
+            axes.plot(x, [row[key] for row in points], marker='o', ms=3)
+            axes.set(ylabel=label, ylim=(0, None))
+            axes.grid(alpha=0.3)
+        below.set(xlabel=kind)
+        above.set_title(f'{points[0]["n_layer"]} layers, context {points[0]["context"]}' if kind == 'batch' else
+                        f'{points[0]["batch"]} x {points[0]["context"]} tokens' + ' a step' * (kind == 'context'), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,6 +1,5 @@
-"""Narrow weights, compiled steps, the step that a CUDA graph records, bench.py. pytest tests/test_decoding.py"""
+"""Narrow weights, compiled steps, the step that a CUDA graph records. pytest tests/test_decoding.py"""
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -152,44 +151,3 @@ def test_compiled_sample(script, trained, folder):
     texts = [script('sample.py', f'--out_dir={trained}', '--start=so', '--max_new_tokens=12', '--device=cpu', '--dtype=float32',
                     f'--compile={choice}').out for choice in (True, False)]
     assert texts[0] == texts[1] and len(texts[0]) == 15
-
-
-BENCH = ['bench.py', 'sample', '--net=0.8M', '--device=cpu', '--compile=False', '--tokens=4', '--runs=1', '--context=8']
-
-
-def test_bench(script, folder):
-    result = script(*BENCH, '--batch=1,2', '--peer=transformers', '--json=-')
-    found = json.loads(result.out)
-    assert result.code == 0 and set(found) >= {'rows', 'machine', 'versions'}
-    assert [(row['who'], row['precision'], row['batch']) for row in found['rows']] == [
-        *(('ours', precision, 1) for precision in ('float32', 'bfloat16', 'int8')),
-        *(('transformers', precision, 1) for precision in ('float32', 'bfloat16')),
-        *(('ours', precision, 2) for precision in ('float32', 'bfloat16', 'int8'))]
-    for row in found['rows']:
-        assert row['what'] == 'sample' and row['context'] == 8 and row['tok_per_s'] == pytest.approx(row['batch'] / row['step_ms'] * 1e3)
-    read = [row['bytes_per_token'] for row in found['rows'][:3]]
-    assert read[0] == pytest.approx(2 * read[1], rel=0.02) and read[1] > 1.8 * read[2]
-    table = script(*BENCH, '--batch=1', '--dtype=float32').out.splitlines()
-    assert len(table) == 2 and table[1].split()[:4] == ['ours', 'float32', '1', '8']
-
-
-def test_bench_beside_nanogpt(script, folder):
-    """Any model.py of that interface; nanoGPT's own is measured by hand (results/sampling)."""
-    (folder / 'model.py').write_text(f'import sys\nsys.path.insert(0, {str(sys.path[0])!r})\nfrom dataclasses import dataclass\n'
-                                     'import torch\n@dataclass\nclass GPTConfig:\n    block_size: int\n    vocab_size: int\n'
-                                     '    n_layer: int\n    n_head: int\n    n_embd: int\n    dropout: float\n    bias: bool\n'
-                                     'class GPT(torch.nn.Module):\n    def __init__(self, config):\n        super().__init__()\n'
-                                     '        print("number of parameters")\n'
-                                     '    def generate(self, idx, n):\n        return torch.cat((idx, idx[:, -1:]), 1)\n')
-    found = json.loads(script(*BENCH, '--batch=1', '--dtype=float32', f'--peer=nanogpt:{folder}', '--json=-').out)
-    assert [row['who'] for row in found['rows']] == ['ours', 'nanogpt']
-
-
-@pytest.mark.parametrize('flags, words', [
-    (['nothing'], ["what='nothing'", 'sample']), (['--net=7B'], ["net='7B'", '124M']), (['--batch=0'], ['batch']),
-    (['--batch=1,x'], ['batch']), (['--dtype=int4'], ['int4', 'int8']), (['--tokens=0'], ['tokens']), (['--runs=-1'], ['runs']),
-    (['--net=0.8M', '--context=64'], ['block_size=64', '--context=24']), (['--peer=vllm'], ['vllm', 'transformers']),
-    (['--peer=nanogpt:nowhere'], ['nowhere', 'model.py']), (['--peer=nanogpt:'], ['nanogpt:', 'model.py']),
-    (['--net=0.8M,10.65M'], ['0.8M,10.65M', '124M']), (['--net=0.8M', '--tokens=64'], ['tokens=64', '--tokens=32']), (['--batch=1000000000000'], ['4,096']), (['--json=no/where.json'], ['no/where.json']), (['--bach=1'], ['--batch'])])
-def test_bench_mistakes(refused, folder, flags, words):
-    refused('bench.py', *flags, '--device=cpu', '--compile=False', words=words)

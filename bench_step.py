@@ -1,0 +1,196 @@
+"""
+One training step, again and again: what `bench.py train` measures, each contender in a process of its own, so that its memory
+and torch's switches are its own.
+
+    echo 10 | python bench_step.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --vocab_size=65 --batch_size=16
+
+Reads numbers of steps from stdin, one a line ('profile' for where the time of three goes); writes a JSON line to stdout for
+each, after a first one that says what is measured. Peers get random tokens, ours a file of them through train.py's loader.
+"""
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+
+import torch
+
+import fast
+import runtime
+from configurator import configure, fail
+from data import ByteTokenizer, Dataset, TrainingWindows
+from model import GPT, GPTConfig
+
+who = 'ours'           # 'ours', 'transformers', or 'nanogpt:PATH' with the folder of its model.py
+n_layer = 12           # blocks
+n_head = 12            # attention heads in a block
+n_embd = 768           # width
+block_size = 1024      # tokens of a sequence
+vocab_size = 50304     # GPT-2's, padded as both train.py and nanoGPT do
+batch_size = 1         # sequences in a step
+dropout = 0.0          # share of activations dropped
+bias = False           # biases in linears and norms, as in nanoGPT's configs; transformers always has them
+optimizer = 'adamw'    # ours: 'adamw' or 'muon'
+seed = 1337            # of weights, tokens and dropout
+device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'         # 'float32' or 'bfloat16'; nanoGPT has its own way
+compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shipped
+configure(globals(), runtime.find_device)
+
+KINDS = dict(attention=('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'), products=('mm', 'linear'),
+             norms=('layer_norm', 'rms_norm'), activation=('gelu', 'relu', 'pow'),
+             dropout=('bernoulli', 'random_', 'aten::ge', 'dropout'),
+             loss=('log_softmax', 'nll_loss', 'logsumexp', 'exp_', 'gather', 'scatter'),
+             copies=('copy', 'cat', 'clone', 'fill', 'zero', 'empty'), sums=('add', 'mul', 'div', 'sum', 'sub'))
+
+
+def wait():
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gemm_rate(n):
+    """FLOP/s of the best of eight products of n x n matrices in this precision, here and now."""
+    a, best = torch.randn(n, n, device=device).to(getattr(torch, dtype)), 0.0
+    for _ in range(8):
+        started = wait()
+        a @ a
+        best = max(best, 2 * n**3 / (wait() - started))
+    return best
+
+
+def peak_memory():
+    """Most bytes held: resident, or on a GPU what torch reserved."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# ---- who is measured: the model, loss(x, y), optimizers, and a loader (step) -> x, y (B, T) ------------------------------
+
+parts, parameters, windows = [], 0, None
+random_tokens = torch.Generator().manual_seed(seed)
+torch.manual_seed(seed)
+if who == 'ours':
+    dtype, compile = runtime.set_up(device, dtype, compile)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, activation='gelu_erf')).to(device)
+    parameters, flops_per_token = model.num_params(), model.flops_per_token()
+    fast.speed_up(model)
+    optimizers, parts = fast.make_optimizers(model, optimizer, 1e-3, 0.02, 0.1, (0.9, 0.99))
+    trained = torch.compile(model) if compile else model
+    folder = tempfile.TemporaryDirectory()
+    tokens = torch.randint(min(vocab_size, 256), (max(1_000_000, 8 * batch_size * block_size),), generator=random_tokens)
+    os.makedirs(os.path.join(folder.name, 'random'))
+    tokens.numpy().astype('<u2').tofile(os.path.join(folder.name, 'random', 'train.bin'))
+    with open(os.path.join(folder.name, 'random', 'meta.json'), 'w') as f:
+        json.dump(dict(tokenizer=ByteTokenizer().state(), dtype='uint16', splits={}, source={}), f)
+    windows = TrainingWindows(Dataset('random', folder.name), 'train', block_size, seed)
+
+    def loss_of(x, y):
+        with runtime.autocast(device, dtype):
+            return trained(x, y)[1]
+elif who == 'transformers':
+    from transformers import GPT2Config, GPT2LMHeadModel
+    trained = model = GPT2LMHeadModel(GPT2Config(
+        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None, use_cache=False)).to(device).train()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)]   # its Trainer's
+    dtype, compile = 'bfloat16' if dtype == 'bfloat16' else 'float32', False
+
+    def loss_of(x, y):
+        with runtime.autocast(device, dtype):   # as its Trainer with bf16=True
+            return model(input_ids=x, labels=x).loss   # shifts the labels itself
+else:
+    path, dtype, compile = who.partition(':')[2], 'float32', device.startswith('cuda')
+    try:
+        spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(path, 'model.py'))
+        theirs = importlib.util.module_from_spec(spec)
+        sys.modules['nanogpt'] = theirs   # which its dataclass looks up
+        spec.loader.exec_module(theirs)
+        with contextlib.redirect_stdout(sys.stderr):
+            model = theirs.GPT(theirs.GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
+            optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
+    except Exception as error:   # it is whatever a file holds
+        fail(f'peer={who}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type --peer=nanogpt:PATH')
+    if device.startswith('cuda'):   # as its train.py does
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        dtype = 'bfloat16'
+    trained = torch.compile(model) if compile else model
+
+    def loss_of(x, y):
+        with runtime.autocast(device, dtype):
+            return trained(x, y)[1]
+
+
+def load(step):
+    if windows:
+        return windows.batch(step * batch_size, batch_size)
+    idx = torch.randint(vocab_size, (batch_size, block_size + 1), generator=random_tokens)
+    return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+
+def train(step, clock=lambda part: None):
+    """One optimizer step; clock(part) is called after each part of it."""
+    x, y = load(step)
+    clock('loader')
+    if device.startswith('cuda'):
+        x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+    torch.manual_seed(seed + step)
+    loss = loss_of(x.to(device), y.to(device))
+    clock('forward')
+    loss.backward()
+    clock('backward')
+    for p, rows, part in parts:
+        part.grad = p.grad[rows]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in optimizers:
+        opt.step()
+    model.zero_grad(set_to_none=True)
+    clock('update')
+
+
+def kinds(steps):
+    """{kind of operation: share} of forward and backward passes, by the profiler's own times."""
+    with torch.profiler.profile() as profiler:
+        for step in range(steps):
+            loss_of(*(t.to(device) for t in load(step))).backward()
+        wait()
+    model.zero_grad(set_to_none=True)
+    spent = dict.fromkeys((*KINDS, 'others'), 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), 'others')
+        spent[kind] += event.self_device_time_total if device.startswith('cuda') else event.self_cpu_time_total
+    return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+
+
+def answer(**figures):
+    print(json.dumps(figures), flush=True)
+
+
+begun = wait()
+train(0)
+first = wait() - begun
+begun = wait()
+train(1)
+answer(first_s=first, step_s=wait() - begun, precision=dtype, compiled=compile, parameters=parameters,
+       flops_per_token=flops_per_token if who == 'ours' else 0)
+done, marks = 2, []
+for line in sys.stdin:
+    profiled, spent = line.strip() == 'profile', dict(loader=0.0, forward=0.0, backward=0.0, update=0.0)
+    now = wait if profiled else time.perf_counter   # a GPU is waited for after each part only where they are asked for
+    steps = 3 if profiled else int(line)
+    begun = wait()
+    for _ in range(steps):
+        marks[:] = [('', now())]
+        train(done, lambda part, now=now: marks.append((part, now())))
+        done += 1
+        for (_, before), (part, after) in zip(marks, marks[1:]):
+            spent[part] += after - before
+    seconds = wait() - begun
+    memory = peak_memory()
+    gemm = gemm_rate(8192 if device.startswith('cuda') else 2048) if who == 'ours' else 0.0
+    answer(seconds=seconds, steps=steps, parts=spent, memory=memory, gemm=gemm, kinds=kinds(3) if profiled else {})
