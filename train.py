@@ -80,6 +80,7 @@ optimizer = 'adamw'          # 'adamw', or 'muon' for the blocks' matrices and A
 learning_rate = 6e-4         # AdamW's peak
 muon_learning_rate = 0.02    # Muon's peak; both follow the same schedule
 max_iters = 600000           # optimizer steps
+target_loss = 0.0            # end when the whole validation split is below it (nats per token) at an evaluation; 0: do not
 weight_decay = 1e-1          # decoupled, on matrices only
 beta1 = 0.9                  # AdamW's
 beta2 = 0.95                 # AdamW's
@@ -96,6 +97,7 @@ device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
 knobs, given = configure(globals(), runtime.find_device)
+begun = time.perf_counter()
 signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
@@ -113,7 +115,7 @@ if init_from == 'resume':
 
 lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
               seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
-              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0)
+              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0)
 for key, least in lowest.items():
     if not least <= knobs[key] < 2**63:
         fail(f'{key}={knobs[key]}: it must be {least} or more, and below 2^63; type --{key}={max(least, 1)}')
@@ -406,13 +408,20 @@ while True:
         look()   # waits for a GPU's last steps, which are training time
         seconds += time.perf_counter() - started
         val_loss = sample_loss = evaluate(eval_iters)
-        if last:
+        whole = last or sample_loss < target_loss
+        if whole:
             val_loss = evaluate(None)
+            last = last or val_loss < target_loss
         if not math.isfinite(val_loss):
             stop_not_finite(step, f'validation loss {val_loss}')
         improved = sample_loss < best_val_loss   # always judged on the same sample
         best_val_loss = min(best_val_loss, sample_loss)
-        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}' + ' on the whole split' * last)
+        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}' + ' on the whole split' * whole)
+        if whole and val_loss < target_loss:
+            say(f'reached target_loss={target_loss:g} after {step:,} steps: {seconds:.1f} s of training, evaluations excluded; '
+                f'{time.perf_counter() - begun:.1f} s since the knobs were read')
+        elif last and target_loss:
+            say(f'target_loss={target_loss:g} was not reached in max_iters={max_iters}')
         if improved:
             save('best.pt')
         if improved or last or always_save_checkpoint:

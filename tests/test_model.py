@@ -153,13 +153,13 @@ def test_rope_sees_distances_only():
     """Scores depend on i - j alone, rotations keep lengths, and complex multiplication gives the same (arXiv 2104.09864)."""
     net = small(pos='rope')
     cos, sin = net.rope
-    q, k = torch.randn(1, 1, 1, 16).expand(1, 1, 32, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 32, 16)
-    scores = (gpt.rotate(q, cos, sin) @ gpt.rotate(k, cos, sin).transpose(-2, -1))[0, 0]
+    q, k = torch.randn(1, 1, 1, 16).expand(1, 32, 1, 16), torch.randn(1, 1, 1, 16).expand(1, 32, 1, 16)
+    scores = gpt.rotate(q, cos, sin)[0, :, 0] @ gpt.rotate(k, cos, sin)[0, :, 0].T
     for distance in (0, 1, 5):
         diagonal = scores.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
     assert not torch.allclose(scores[5, 5], scores[5, 0])
-    angle = torch.arange(32)[:, None] * 10000.0 ** (-torch.arange(8) / 8)
+    angle = torch.arange(32)[:, None, None] * 10000.0 ** (-torch.arange(8) / 8)
     turned = torch.complex(q[..., :8], q[..., 8:]) * torch.polar(torch.ones_like(angle), angle)
     assert torch.allclose(gpt.rotate(q, cos, sin), torch.cat((turned.real, turned.imag), -1), atol=1e-5)
 

@@ -500,3 +500,53 @@ def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     result = script('train.py', *TINY, '--init_from=resume')
     assert result.code == 0 and not os.path.exists('out/log.csv.part'), result.err
     assert ('no out/loss.png from' in result.err) == (column in (1, 2))
+
+
+def test_target_loss(mini, script):
+    """The run ends at the first evaluation below the target on the whole split, says its seconds, and leaves its weights."""
+    result = script('train.py', *TINY, '--max_iters=60', '--eval_interval=20', '--lr_decay_iters=60', '--target_loss=2.9')
+    reached = re.search(r'reached target_loss=2.9 after (20|40) steps: ([\d.]+) s of training, evaluations excluded; ([\d.]+) s',
+                        result.err)
+    assert result.code == 0 and reached and 0 < float(reached[2]) < float(reached[3])
+    rows = read_log('out/log.csv')
+    assert rows[-1]['iter'] == reached[1] and float(rows[-1]['val_loss']) < 2.9
+    assert float(rows[-1]['seconds']) == pytest.approx(float(reached[2]), abs=0.051)
+    evaluated = json.loads(script('evaluate.py', '--device=cpu', '--dtype=float32', '--json=-').out)
+    assert evaluated['nats_per_token'] == pytest.approx(float(rows[-1]['val_loss']), abs=1e-5)
+    missed = script('train.py', *TINY, '--max_iters=2', '--target_loss=0.001')
+    assert missed.code == 0 and 'target_loss=0.001 was not reached in max_iters=2' in missed.err
+
+
+def test_cooldown(mini, script):
+    """Warm-up, the peak, then a straight line to min_lr over the last half."""
+    script('train.py', *TINY, '--max_iters=20', '--lr_decay_iters=20', '--warmup_iters=4', '--cooldown=0.5', '--min_lr=1e-3')
+    rates = [float(row['lr']) for row in read_log('out/log.csv') if row['lr']]
+    expected = [1e-2 * (i + 1) / 5 for i in range(4)] + [1e-2] * 6 + [1e-2 - 9e-3 * i / 10 for i in range(10)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_zero_init(mini, script):
+    """Branches and an untied head start at 0, so that the first loss is that of the uniform distribution; a tied head is GPT-2's."""
+    script('train.py', *TINY, '--zero_init', '--tie_weights=False', '--max_iters=0')
+    start = weights('out/last.pt')
+    zeros = {name for name, p in start.items() if p.dim() == 2 and not p.any()}
+    assert zeros == {'lm_head.weight', *(f'transformer.h.{i}.{part}.c_proj.weight' for i in (0, 1) for part in ('attn', 'mlp'))}
+    vocab_size = len(start['lm_head.weight'])
+    assert float(read_log('out/log.csv')[-1]['val_loss']) == pytest.approx(math.log(vocab_size), abs=1e-5)
+    script('train.py', *TINY, '--zero_init', '--max_iters=0', '--out_dir=tied')
+    assert weights('tied/last.pt')['lm_head.weight'].any()
+
+
+def test_large_vocabularies_are_padded(script, folder):
+    """To a multiple of 64, as nanoGPT's 50,304; sampling never draws the padding."""
+    (folder / 'data' / 'wide').mkdir(parents=True)
+    chars = ''.join(sorted({chr(0x4e00 + i) for i in range(5000)}))
+    tokens = torch.randint(5000, (400,), generator=torch.Generator().manual_seed(0)).numpy().astype('<u2')
+    for split in ('train', 'val'):
+        tokens.tofile(f'data/wide/{split}.bin')
+    (folder / 'data' / 'wide' / 'meta.json').write_text(json.dumps(
+        dict(tokenizer=dict(kind='char', chars=chars), dtype='uint16', splits={}, source={})))
+    assert script('train.py', *TINY, '--dataset=wide', '--max_iters=2').code == 0
+    assert weights('out/last.pt')['lm_head.weight'].shape == (5056, 16)
+    text = script('sample.py', '--device=cpu', '--temperature=50', '--max_new_tokens=300', '--start=' + chars[0]).out
+    assert set(text.rstrip('\n')) <= set(chars)
