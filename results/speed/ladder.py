@@ -1,0 +1,117 @@
+"""
+The ladder of results/speed.md: what each way of fast.py and runtime.set_up is worth, one upon the other and each left out.
+
+    python results/speed/ladder.py 10.65M > results/speed/ladder-10.65M.txt      # also 124M, 0.8M
+    python results/speed/ladder.py steps > results/speed/ladder-steps.txt        # steps instead of seconds: the recipe's parts
+
+The first form measures steps in fresh processes, three rounds in turns; the second trains the 0.8M net for 120 steps with
+three seeds, all parts of the recipe but one, on the whole validation split. Run where data/shakespeare_char is.
+"""
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, HERE)
+WAYS = ('onednn', 'bf16', 'attention', 'dropout', 'memory', 'loss', 'vocabulary', 'muon')
+NETS = {'124M': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch=1),
+        '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, batch=16, dropout=0.2),
+        '0.8M': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch=32)}
+
+
+def measure(net, ways):
+    """Seconds of a step with these ways, the median of some; run in a process of its own."""
+    import torch
+
+    import fast
+    import runtime
+    from model import GPT, GPTConfig
+    torch.manual_seed(1)
+    torch.set_float32_matmul_precision('medium' if 'onednn' in ways else 'highest')
+    if 'memory' in ways:
+        fast.keep_memory()
+    shape = dict(NETS[net])
+    B, T, share = shape.pop('batch'), shape['block_size'], shape.pop('dropout', 0.0)
+    if 'vocabulary' in ways:
+        shape['vocab_size'] = -(-shape['vocab_size'] // 64) * 64
+    model = GPT(GPTConfig(**shape, dropout=share, bias=False, activation='gelu_erf'))
+    for layer in list(model.modules()):
+        if hasattr(layer, 'attend') and 'attention' in ways:
+            layer.attend = fast.attend
+        for name, child in layer.named_children():
+            if type(child) is torch.nn.Dropout and 'dropout' in ways:
+                setattr(layer, name, fast.Dropout(child.p))
+    if 'dropout' not in ways:
+        fast.kept = lambda shape, p, dtype: torch.empty(shape, dtype=dtype).bernoulli_(1 - p)
+    if 'loss' in ways:
+        model.forward = lambda idx, targets: fast.lean_forward(model, idx, targets)
+    optimizers, parts = fast.make_optimizers(model, 'muon' if net == '0.8M' else 'adamw', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    if parts and 'muon' not in ways:
+        optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]['params'], lr=0.02)
+    idx = torch.randint(65, (B, T + 1))
+    times = []
+    for _ in range(3 + {'124M': 3, '10.65M': 5, '0.8M': 40}[net]):
+        started = time.perf_counter()
+        with runtime.autocast('cpu', 'bfloat16' if 'bf16' in ways else 'float32'):
+            loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[1]
+        loss.backward()
+        for p, rows, part in parts:
+            part.grad = p.grad[rows]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in optimizers:
+            opt.step()
+        model.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - started)
+    print(statistics.median(times[3:]))
+
+
+def in_turns(net):
+    ways = [way for way in WAYS if way not in dict(
+        zip(NETS, (('dropout', 'muon'), ('loss', 'vocabulary', 'muon'), ('dropout', 'loss', 'vocabulary'))))[net]]
+    rungs = [('torch as it is', [])] + [('+ ' + way, ways[:i + 1]) for i, way in enumerate(ways)]
+    rungs += [('all but ' + way, [other for other in ways if other != way]) for way in ways[:-1]]
+    seconds = [[] for _ in rungs]
+    for _ in range(3):
+        for (_, taken), found in zip(rungs, seconds):
+            done = subprocess.run([sys.executable, __file__, net, *taken, 'now'], capture_output=True, text=True, check=True)
+            found.append(float(done.stdout.split()[-1]))
+    medians = [statistics.median(found) for found in seconds]
+    tokens = NETS[net]['batch'] * NETS[net]['block_size']
+    print(f'{net}, {tokens:,} tokens a step: ms a step (of three runs), tokens/s, factor')
+    for i, ((name, _), median, found) in enumerate(zip(rungs, medians, seconds)):
+        factor = '' if not i else f'{medians[i - 1] / median:.2f} on the one above' if i <= len(ways) else \
+            f'{median / medians[len(ways)]:.2f} times as long as all'
+        print(f'{name:22} {1e3 * median:8.1f} ({1e3 * min(found):.1f} to {1e3 * max(found):.1f}) {tokens / median:9,.0f}  '
+              f'{factor}')
+
+
+PARTS = {'rope': '--pos=learned', 'qk_norm': '--qk_norm=False', 'relu2': '--activation=gelu', 'zero_init': '--zero_init=False',
+         'untied head': '--tie_weights=True', 'linear cooldown': '--cooldown=0', 'no biases': '--bias=True',
+         'muon': '--optimizer=adamw'}
+
+
+def in_steps():
+    flags = '--n_layer=4 --n_head=2 --n_embd=128 --block_size=64 --batch_size=32 --learning_rate=2e-2 --max_iters=120 ' \
+            '--eval_interval=1000 --eval_iters=1 --target_loss=0 --out_dir=out-ladder'.split()
+    variants = {'all': []} | {f'all but {part}': [flag] for part, flag in PARTS.items()}
+    variants['all but muon, AdamW 4e-3'] = ['--optimizer=adamw', '--learning_rate=4e-3']
+    variants['none: GPT-2, AdamW 4e-3'] = [*PARTS.values(), '--learning_rate=4e-3']
+    print('the 0.8M net, 120 steps of 2,048 characters: validation loss, mean of 3 seeds (sd)')
+    for name, changes in variants.items():
+        losses = []
+        for seed in (1, 2, 3):
+            done = subprocess.run([sys.executable, 'train.py', 'config/speedrun_shakespeare_char.py', *flags, *changes,
+                                   f'--seed={seed}'], capture_output=True, text=True, check=True, cwd=HERE)
+            losses.append(float(re.findall(r'val loss ([\d.]+)', done.stderr)[-1]))
+        print(f'{name:26} {statistics.mean(losses):.4f} ({statistics.stdev(losses):.4f})', flush=True)
+
+
+if sys.argv[-1] == 'now':
+    measure(sys.argv[1], sys.argv[2:-1])
+elif sys.argv[1:] == ['steps']:
+    in_steps()
+else:
+    in_turns(sys.argv[1])
