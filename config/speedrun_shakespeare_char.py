@@ -29,8 +29,8 @@ if device == 'cpu':
     n_layer, n_head, n_embd = 4, 3, 192
     block_size = 256
     batch_size = 8     # 2,048 characters a step: 1,100 steps end at 1.481, at twice the batch and half the context at 1.489
-    max_iters = 1500
-    eval_interval = 500
+    max_iters = 1700
+    eval_interval = 850
 else:
     n_layer, n_head, n_embd = 6, 6, 384
     block_size = 256
