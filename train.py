@@ -96,6 +96,7 @@ backend = 'auto'             # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
+cuda_graph = False           # on one GPU: record the step once and replay it, for nets whose launching takes longer
 knobs, given = configure(globals(), runtime.find_device)
 begun = time.perf_counter()
 signals = runtime.Signals()
@@ -222,17 +223,21 @@ if ranks > 1 and not shard:
     trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None)
 
 
-def micro_step(first, sync=True):
-    """Add the gradient of batch_size windows, from number `first` on, to what the parameters hold; returns their loss."""
+def load(first):
+    """batch_size windows, from number `first` on, on the device: x, y (B, T)."""
+    x, y = windows.batch(first, batch_size)
+    if device.startswith('cuda'):
+        x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def micro_step(x, y, sync=True):
+    """Add the gradient of one batch to what the parameters hold; returns its loss."""
     if shard:
         model.set_requires_gradient_sync(sync)
     elif ranks > 1:
         trained.require_backward_grad_sync = sync
     try:
-        x, y = windows.batch(first, batch_size)                                                    # (B, T)
-        if device.startswith('cuda'):
-            x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with runtime.autocast(device, dtype):
             _, loss = trained(x, y)
         with torch.autocast(device.partition(':')[0], enabled=False):
@@ -242,6 +247,28 @@ def micro_step(first, sync=True):
             out_of_memory()
         raise
     return loss.detach()
+
+
+def update(batches):
+    """One optimizer step from this rank's micro-batches [(x, y)] -> the sum of their losses, and the gradient's norm. Nothing
+    in here waits for a GPU, but for fp16's scale."""
+    loss = 0.0
+    with runtime.autocast(device, dtype):   # around all micro-steps: the weights are cast once for them
+        for i, (x, y) in enumerate(batches):
+            loss = loss + micro_step(x, y, sync=i == len(batches) - 1)
+    for p, rows, part in parts:
+        part.grad = p.grad[rows]   # a view, so that unscaling and clipping reach both
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if shard:
+        grad_norm = grad_norm.full_tensor()
+    if not scaler.is_enabled() or torch.isfinite(grad_norm):   # else fp16 overflowed: no update, and the scale goes down
+        for opt in optimizers:
+            opt.step()
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return loss, grad_norm
 
 
 def out_of_memory():
@@ -390,10 +417,14 @@ if eval_only:
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
         started = time.perf_counter()
-        float(micro_step(step * sequences))
+        float(micro_step(*load(step * sequences)))
     model.zero_grad(set_to_none=True)
     say(f'estimated time: {runtime.clock((time.perf_counter() - started) * micro_steps * (max_iters - step))} '
         f'for {max_iters - step:,} steps, evaluations apart')
+
+step_once = update
+if cuda_graph and device.startswith('cuda') and ranks == 1 and not scaler.is_enabled() and not grad_checkpointing:
+    step_once = fast.Graphed(update, optimizers)
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
 model.train()
@@ -447,26 +478,9 @@ while True:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
     rate = schedule(step)
     for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = group['peak'] * rate
-    loss = 0.0
-    with runtime.autocast(device, dtype):   # around all micro-steps: the weights are cast once for them
-        for i in range(micro_steps):
-            loss = loss + micro_step(step * sequences + (rank * micro_steps + i) * batch_size, sync=i == micro_steps - 1)
-    for p, rows, part in parts:
-        part.grad = p.grad[rows]   # a view, so that unscaling and clipping reach both
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if shard:
-        grad_norm = grad_norm.full_tensor()
-    if scaler.is_enabled() and not torch.isfinite(grad_norm):   # fp16 overflowed: no update, and the scale goes down
-        skipped += 1
-    else:
-        for opt in optimizers:
-            opt.step()
-    scaler.update()
-    model.zero_grad(set_to_none=True)
+        fast.set_rate(opt, rate)
+    loss, grad_norm = step_once([load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)])
+    skipped += scaler.is_enabled() and not bool(torch.isfinite(grad_norm))
 
     unseen.append((step, loss, grad_norm))
     logged = step % log_interval == 0 or val_loss is not None

@@ -9,7 +9,6 @@ if device == 'cpu':
     n_layer, n_head, n_embd = 4, 4, 192
     block_size = 128
     batch_size = 16       # 2,048 bytes a step
-    flash = False         # the explicit formula is faster on a CPU at this length (results/negative.md)
     optimizer = 'muon'
     muon_learning_rate = 0.02
     learning_rate = 8e-3  # for embeddings, norms and biases, AdamW's share

@@ -9,7 +9,6 @@ if device == 'cpu':
     n_layer, n_head, n_embd = 4, 4, 128
     block_size = 64       # twice the context at half the batch is 0.012 nats worse in the same time
     batch_size = 32       # 2,048 tokens a step, so that Muon's share of it stays at a quarter
-    flash = False         # at 64 tokens the explicit formula is four times as fast on a CPU, backward pass included
     dropout = 0.0         # three epochs do not overfit a net this small, and dropout costs half the speed
     optimizer = 'muon'    # worth a factor of four in steps over AdamW here
     muon_learning_rate = 0.02

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import fast
 import model as gpt
+import runtime
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=61, n_layer=2, n_head=3, n_embd=48)
@@ -191,3 +192,92 @@ def test_kept_memory_is_asked_for_where_there_is_glibc(monkeypatch):
     monkeypatch.setattr(fast.platform, 'libc_ver', lambda: ('', ''))
     fast.keep_memory()
     assert len(calls) == 2 and sys.modules['fast'] is fast
+
+
+@pytest.mark.parametrize('micro_steps', [1, 2])
+def test_a_graphed_step_trains_the_same(micro_steps, monkeypatch):
+    """What the CUDA graph records, run as it is: rates, batches and results that change while the tensors stay. Ten steps
+    beside the plain ones; the result of a step outlives the next."""
+    monkeypatch.setattr(fast, 'aside', lambda step: step())
+
+    def captured(step):
+        kept_result = []
+
+        def replay():
+            result = step()
+            if not kept_result:
+                kept_result.extend(result)
+            for old, new in zip(kept_result, result):   # a graph writes where it wrote when it was captured
+                old.copy_(new)
+            return kept_result
+        return replay
+    monkeypatch.setattr(fast, 'captured', captured)
+
+    def run(graphed):
+        torch.manual_seed(8)
+        net = GPT(GPTConfig(**SMALL))
+        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
+        optimizers[1].precise = True   # rates are fp32 tensors in one of the two, and bf16 would blow that up
+
+        def update(batches):
+            loss = sum(net(x, y)[1] for x, y in batches)
+            loss.backward()
+            for p, rows, part in parts:
+                part.grad = p.grad[rows]
+            for opt in optimizers:
+                opt.step()
+            net.zero_grad(set_to_none=True)
+            return loss.detach(), torch.zeros(())
+        step, losses = fast.Graphed(update, optimizers) if graphed else update, []
+        for i in range(10):
+            for opt in optimizers:
+                fast.set_rate(opt, 1 - i / 10)
+            losses.append(step([(torch.randint(61, (2, 8)), torch.randint(61, (2, 8))) for _ in range(micro_steps)])[0])
+        return [*losses, *net.parameters()]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(False), run(True)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_cuda_graph_trains_the_same():
+    """Dropout included, which follows the seed of each step."""
+    def run(graphed):
+        torch.manual_seed(9)
+        net = GPT(GPTConfig(**SMALL, dropout=0.2)).cuda()
+        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
+
+        def update(batches):
+            loss = net(*batches[0])[1]
+            loss.backward()
+            for p, rows, part in parts:
+                part.grad = p.grad[rows]
+            for opt in optimizers:
+                opt.step()
+            net.zero_grad(set_to_none=True)
+            return loss.detach(), torch.zeros((), device='cuda')
+        step, losses = fast.Graphed(update, optimizers) if graphed else update, []
+        for i in range(10):
+            for opt in optimizers:
+                fast.set_rate(opt, 1 - i / 10)
+            idx = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(i)).cuda()
+            torch.manual_seed(i)
+            losses.append(step([(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())])[0])
+        return torch.stack(losses)
+    assert torch.allclose(run(False), run(True), atol=1e-3)
+
+
+def test_one_context_casts_the_weights_once():
+    """Four micro-steps in bf16 under one autocast context, as train.py has them: the gradients of four contexts, to the bit."""
+    torch.manual_seed(10)
+    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    batches = [torch.randint(61, (2, 17)) for _ in range(4)]
+
+    def gradients(outer):
+        net.zero_grad()
+        with runtime.autocast('cpu', outer):
+            for idx in batches:
+                with runtime.autocast('cpu', 'bfloat16'):
+                    loss = net(idx[:, :-1], idx[:, 1:])[1]
+                with torch.autocast('cpu', enabled=False):
+                    (loss / 4).backward()
+        return [p.grad.clone() for p in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(gradients('float32'), gradients('bfloat16')))
