@@ -18,6 +18,7 @@ import importlib.util
 import json as jsons
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ compile = 'auto'         # compile our steps, as train.py or sample.py would
 if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
     sys.argv[1] = f'--what={sys.argv[1]}'
 configure(globals(), runtime.find_device)
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; measured processes end with it
 
 NETS = {'124M': {}, '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
         '0.8M': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)}
@@ -261,8 +263,9 @@ def measure(contenders, shape, share, **more):
         if base:
             row['times_nanogpt'] = row['tok_per_s'] / base
         rows.append(row)
+        ratio = f'{row["times_nanogpt"]:.2f}' if base else '-'
         show(f'{row["net"]:7} {row["who"]:12} {row["precision"]:9} {texts:5} {T:7} {row["n_layer"]:6} {share:7} '
-             f'{row["step_ms"]:9.1f} {row["tok_per_s"]:9,.0f} {row.get("times_nanogpt", 0):6.2f} {row["peak_memory_mb"]:7,.0f}'
+             f'{row["step_ms"]:9.1f} {row["tok_per_s"]:9,.0f} {ratio:>6} {row["peak_memory_mb"]:7,.0f}'
              + (f' {row["gflop_per_s"]:9,.0f} {100 * row["share_of_gemm"]:6.0f} % {100 * row["loader_share"]:6.2f} % '
                 f'{row["compile_s"]:6.1f}' if row['who'] == 'ours' else ''))
         for title in ('parts', 'kinds'):

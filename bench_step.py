@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'         # 'float32' or 'bfloat16'; nanoGPT has its own way
 compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shipped
 configure(globals(), runtime.find_device)
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it, and whoever started it says so
 
 KINDS = dict(attention=('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'), products=('mm', 'linear'),
              norms=('layer_norm', 'rms_norm'), activation=('gelu', 'relu', 'pow'),
@@ -94,7 +96,10 @@ if who == 'ours':
         with runtime.autocast(device, dtype):
             return trained(x, y)[1]
 elif who == 'transformers':
-    from transformers import GPT2Config, GPT2LMHeadModel
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel  # here: only this peer needs it
+    except ImportError:
+        fail('peer=transformers needs the package transformers; type pip install -r requirements-dev.txt')
     trained = model = GPT2LMHeadModel(GPT2Config(
         n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
         embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None, use_cache=False)).to(device).train()
