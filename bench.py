@@ -12,9 +12,7 @@ How fast it is, beside how fast the machine lets it be and how fast others are, 
 
 Writes a table, or JSON, to stdout; reads nothing but the peers.
 """
-import contextlib
 import functools
-import importlib.util
 import json as jsons
 import os
 import platform
@@ -27,6 +25,7 @@ import time
 
 import torch
 
+import checkpoint
 import decoding
 import plots
 import runtime
@@ -161,17 +160,9 @@ def transformers_peer(precision):
 
 
 def nanogpt_peer(path):
-    try:
-        spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(path, 'model.py'))
-        theirs = importlib.util.module_from_spec(spec)
-        sys.modules['nanogpt'] = theirs   # which its dataclass looks up
-        spec.loader.exec_module(theirs)
-        torch.manual_seed(seed)
-        with contextlib.redirect_stdout(sys.stderr):
-            model = theirs.GPT(theirs.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
-                                                config.n_embd, 0.0, True)).eval().to(device)
-    except Exception as error:   # it is whatever a file holds
-        fail(f'peer=nanogpt:{path}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type --peer=nanogpt:PATH')
+    torch.manual_seed(seed)
+    model = checkpoint.nanogpt(path, config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, 0.0, True)
+    model.eval().to(device)
 
     def timed(idx, texts, count):
         idx, seconds, begun = idx.expand(texts, -1), [], wait()
@@ -181,6 +172,7 @@ def nanogpt_peer(path):
             seconds.append(wait() - started)
         return seconds
     return timed
+
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +264,6 @@ def measure(contenders, shape, share, **more):
             if title in row:
                 show(f'        {"step" if title == "parts" else "forward and backward"}: ' + ', '.join(
                     f'{part} {100 * part_share:.1f} %' for part, part_share in row[title].items()))
-    return found
 
 
 def bench_train():
@@ -308,7 +299,7 @@ def bench_train():
                 for T in lengths:
                     measure(contenders, dict(shape, block_size=T, batch_size=B), share, net=name)
             continue
-        T, B = config.block_size, 16 if name != '124M' else 1
+        T, B = config.block_size, AT_ONCE[name][device.startswith('cuda')]
         for changes in ([dict(block_size=long, batch_size=max(1, 4096 // long)) for long in (256, 512, 1024, 2048, 4096)],
                         [dict(batch_size=many) for many in (1, 2, 4, 8, 16, 32)],
                         [dict(n_layer=deep) for deep in (1, 2, 4, 8, 12)]):

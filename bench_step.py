@@ -8,7 +8,6 @@ Reads numbers of steps from stdin, one a line ('profile' for where the time of t
 each, after a first one that says what is measured. Peers get random tokens, ours a file of them through train.py's loader.
 """
 import contextlib
-import importlib.util
 import json
 import os
 import resource
@@ -19,6 +18,7 @@ import time
 
 import torch
 
+import checkpoint
 import fast
 import runtime
 from configurator import configure, fail
@@ -111,16 +111,9 @@ elif who == 'transformers':
             return model(input_ids=x, labels=x).loss   # shifts the labels itself
 else:
     path, dtype, compile = who.partition(':')[2], 'float32', device.startswith('cuda')
-    try:
-        spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(path, 'model.py'))
-        theirs = importlib.util.module_from_spec(spec)
-        sys.modules['nanogpt'] = theirs   # which its dataclass looks up
-        spec.loader.exec_module(theirs)
-        with contextlib.redirect_stdout(sys.stderr):
-            model = theirs.GPT(theirs.GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
-            optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
-    except Exception as error:   # it is whatever a file holds
-        fail(f'peer={who}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type --peer=nanogpt:PATH')
+    model = checkpoint.nanogpt(path, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias).to(device)
+    with contextlib.redirect_stdout(sys.stderr):
+        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
     if device.startswith('cuda'):   # as its train.py does
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         dtype = 'bfloat16'

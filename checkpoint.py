@@ -7,11 +7,14 @@ config (the knobs) and rng (of rank 0, for the record: train.py seeds every step
 
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
+import contextlib
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
 import pickle
+import sys
 import warnings
 from dataclasses import fields
 
@@ -279,3 +282,16 @@ def find_tokenizer(loaded, path, model, data_dir='data'):
              f'--checkpoint=FILE for another')
     model.drawable = tokenizer.vocab_size
     return tokenizer
+
+
+def nanogpt(folder, *shape):
+    """The GPT of a clone of nanoGPT, made by its own model.py (which is run) from GPTConfig(*shape), to be measured beside."""
+    try:
+        spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(folder, 'model.py'))
+        theirs = importlib.util.module_from_spec(spec)
+        sys.modules['nanogpt'] = theirs   # which its dataclass looks up
+        spec.loader.exec_module(theirs)
+        with contextlib.redirect_stdout(sys.stderr):
+            return theirs.GPT(theirs.GPTConfig(*shape))
+    except Exception as error:   # it is whatever a file holds
+        fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type --peer=nanogpt:PATH')

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from data import evaluation_batches
 from model import Block, LayerCache, check_sampling, choose, fused_attention
-from runtime import mean_loss
+from runtime import aside, captured, mean_loss
 
 
 class NarrowLinear(nn.Module):
@@ -188,7 +188,8 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
             if i >= state.span:
                 state.span, replay = min(block_size, 256 * (i // 256 + 1)), step
                 if device.type == 'cuda':
-                    replay = record(following, step)
+                    aside(lambda: [following() for _ in range(3)])   # compiles and allocates what is not to be recorded
+                    replay = captured(step)
             replay()
             yield state.token.clone()
     finally:
@@ -196,17 +197,3 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
             block.attn.attend = attend
     if steps + 1 < max_new_tokens:   # past block_size the window is recomputed
         yield from model.stream(seen, max_new_tokens - steps - 1, *knobs, chance[:, steps + 1:], kv_cache=False)
-
-
-def record(warm_up, step):
-    """A function that replays step on the GPU; warm_up is run before, to compile and allocate what is not to be recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            warm_up()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay

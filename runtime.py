@@ -163,6 +163,30 @@ def peak_flops(device):
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
+
+def aside(step):
+    """Run step on a stream of its own, as torch.cuda.graph asks of what is captured later."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def captured(step):
+    """A function that replays step on the GPU and returns the tensors it returned, filled anew."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
+
+
 # ---- torchrun ------------------------------------------------------------------------------------------------------
 
 def join_ranks(backend, device):

@@ -61,7 +61,7 @@ block_size = 1024            # tokens of context
 n_layer = 12                 # blocks
 n_head = 12                  # attention heads in a block
 n_embd = 768                 # width
-dropout = 0.0                # share of activations dropped; on a CPU it costs half the speed
+dropout = 0.0                # share of activations dropped
 bias = True                  # biases in linears and norms
 qkv_bias = True              # bias of the QKV projection
 tie_weights = True           # the head is the token embedding
@@ -425,6 +425,8 @@ if step < max_iters:
 step_once = update
 if cuda_graph and device.startswith('cuda') and ranks == 1 and not scaler.is_enabled() and not grad_checkpointing:
     step_once = fast.Graphed(update, optimizers)
+elif cuda_graph:
+    say('note: cuda_graph is for one GPU, without fp16 and grad_checkpointing: steps are launched as ever')
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
 model.train()

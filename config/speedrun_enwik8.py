@@ -1,4 +1,5 @@
-# The fastest way to a loss on enwik8 by bytes: the recipe of speedrun_shakespeare_char.py (results/speed.md).
+# The fastest way to a loss on enwik8 by bytes: the recipe of speedrun_shakespeare_char.py (results/speed.md); not yet
+# measured here.
 
 dataset = 'enwik8'
 prepare = 'prepare_enwik8.py --tokenizer=byte'   # run when the data is missing
