@@ -161,8 +161,8 @@ def transformers_peer(precision):
 
 def nanogpt_peer(path):
     torch.manual_seed(seed)
-    model = checkpoint.nanogpt(path, config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, 0.0, True)
-    model.eval().to(device)
+    model = checkpoint.nanogpt(path, config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, 0.0,
+                               True).eval().to(device)
 
     def timed(idx, texts, count):
         idx, seconds, begun = idx.expand(texts, -1), [], wait()

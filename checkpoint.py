@@ -294,4 +294,5 @@ def nanogpt(folder, *shape):
         with contextlib.redirect_stdout(sys.stderr):
             return theirs.GPT(theirs.GPTConfig(*shape))
     except Exception as error:   # it is whatever a file holds
-        fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type --peer=nanogpt:PATH')
+        fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type '
+             f'--peer=nanogpt:PATH')
