@@ -39,6 +39,7 @@ batch = ''               # sample: texts at a time; train: sequences a step; one
 context = ''             # sample: tokens before the first that is timed; train: of a sequence; '': as far as it sees
 tokens = 40              # sample: tokens to time in a run, each on its own
 dropout = 'auto'         # train: a share, or 'auto' for nanoGPT's config: 0.2 for the 10.65M net, else 0
+peer_dropout = 'auto'    # the same of the peers; 'auto': as ours
 optimizer = 'adamw'      # train: ours, 'adamw' as nanoGPT's, or 'muon'
 profile = False          # train: show where the time of our step goes
 growth = False           # train: our step for contexts of 256 to 4,096, batches of 1 to 32 and 1 to 12 layers of one net
@@ -213,12 +214,12 @@ def hear(process):
     fail(f'a measured process ended with exit code {process.wait()}: {lines[-1]}; type --net=0.8M for less memory')
 
 
-def measure(contenders, shape, share, **more):
+def measure(contenders, shape, share, peer_share, **more):
     """Rows of (who, precision) that train one shape in turns; each in its own process, so only one works at a time."""
     started, runs_of, texts, T = [], [], shape['batch_size'], shape['block_size']
     try:
         for who, precision in contenders:
-            started.append(start(who, precision, shape, share))
+            started.append(start(who, precision, shape, share if who == 'ours' else peer_share))
             runs_of.append([])
         for _ in range(1 if quick else runs):
             for (process, said), answers in zip(started, runs_of):
@@ -235,10 +236,11 @@ def measure(contenders, shape, share, **more):
     for (who, _), (_, said), answers, profiled in zip(contenders, started, runs_of, profiles):
         steps = sorted(answer['seconds'] / answer['steps'] for answer in answers)
         step = statistics.median(steps)
-        row = dict(what='train', who=who.partition(':')[0], precision=said['precision'], batch=texts, context=T, dropout=share,
-                   n_layer=shape['n_layer'], tok_per_s=texts * T / step, tok_per_s_min=texts * T / steps[-1],
-                   tok_per_s_max=texts * T / steps[0], step_ms=1e3 * step, compiled=said['compiled'],
-                   first_step_s=said['first_s'], peak_memory_mb=answers[-1]['memory'] / 1e6, **more)
+        row = dict(what='train', who=who.partition(':')[0], precision=said['precision'], batch=texts, context=T,
+                   dropout=share if who == 'ours' else peer_share, n_layer=shape['n_layer'], tok_per_s=texts * T / step,
+                   tok_per_s_min=texts * T / steps[-1], tok_per_s_max=texts * T / steps[0], step_ms=1e3 * step,
+                   compiled=said['compiled'], first_step_s=said['first_s'],
+                   peak_memory_mb=answers[-1]['memory'] / 1e6, **more)
         if who == 'ours':
             rate, gemm = row['tok_per_s'] * said['flops_per_token'], statistics.median(a['gemm'] for a in answers)
             loader = statistics.median(a['parts']['loader'] / a['seconds'] for a in answers)
@@ -256,7 +258,7 @@ def measure(contenders, shape, share, **more):
             row['times_nanogpt'] = row['tok_per_s'] / base
         rows.append(row)
         ratio = f'{row["times_nanogpt"]:.2f}' if base else '-'
-        show(f'{row["net"]:7} {row["who"]:12} {row["precision"]:9} {texts:5} {T:7} {row["n_layer"]:6} {share:7} '
+        show(f'{row["net"]:7} {row["who"]:12} {row["precision"]:9} {texts:5} {T:7} {row["n_layer"]:6} {row["dropout"]:7} '
              f'{row["step_ms"]:9.1f} {row["tok_per_s"]:9,.0f} {ratio:>6} {row["peak_memory_mb"]:7,.0f}'
              + (f' {row["gflop_per_s"]:9,.0f} {100 * row["share_of_gemm"]:6.0f} % {100 * row["loader_share"]:6.2f} % '
                 f'{row["compile_s"]:6.1f}' if row['who'] == 'ours' else ''))
@@ -273,10 +275,11 @@ def bench_train():
     for name in names:
         one_of('net', name, tuple(NETS))
     one_of('optimizer', optimizer, ('adamw', 'muon'))
-    try:
-        assert dropout == 'auto' or 0 <= float(dropout) < 1
-    except (ValueError, AssertionError):
-        fail(f'dropout={dropout!r}: allowed are auto, and numbers from 0 to below 1; type --dropout=auto')
+    for name, value in (('dropout', dropout), ('peer_dropout', peer_dropout)):
+        try:
+            assert value == 'auto' or 0 <= float(value) < 1
+        except (ValueError, AssertionError):
+            fail(f'{name}={value!r}: allowed are auto, and numbers from 0 to below 1; type --{name}=auto')
     if plot and not (growth and plot.endswith('.png') and os.access(os.path.dirname(os.path.abspath(plot)), os.W_OK)):
         fail(f'plot={plot!r}: allowed is the name of a .png that can be written, with --growth; type --growth '
              f'--plot=growth.png')
@@ -292,12 +295,13 @@ def bench_train():
         config = GPTConfig(**NETS[name])
         texts, lengths = batches or [AT_ONCE[name][device.startswith('cuda')]], contexts or [config.block_size]
         share = (0.2 if name == '10.65M' else 0.0) if dropout == 'auto' else float(dropout)
+        peer_share = share if peer_dropout == 'auto' else float(peer_dropout)
         shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
                      vocab_size=50304 if name == '124M' else config.vocab_size, bias=False)
         if not growth:
             for B in texts:
                 for T in lengths:
-                    measure(contenders, dict(shape, block_size=T, batch_size=B), share, net=name)
+                    measure(contenders, dict(shape, block_size=T, batch_size=B), share, peer_share, net=name)
             continue
         T, B = config.block_size, AT_ONCE[name][device.startswith('cuda')]
         for changes in ([dict(block_size=long, batch_size=max(1, 4096 // long)) for long in (256, 512, 1024, 2048, 4096)],
@@ -305,7 +309,7 @@ def bench_train():
                         [dict(n_layer=deep) for deep in (1, 2, 4, 8, 12)]):
             what_grows = next(iter(changes[0]))
             for change in changes[:2] if quick else changes:
-                measure(contenders, dict(shape, block_size=T, batch_size=B) | change, share, net=name,
+                measure(contenders, dict(shape, block_size=T, batch_size=B) | change, share, peer_share, net=name,
                         growth=dict(block_size='context', batch_size='batch', n_layer='n_layer')[what_grows])
     if plot:
         plots.growth(rows, plot)
