@@ -50,7 +50,7 @@ peer = ''                # 'transformers', 'nanogpt:PATH', or both with a comma;
 json = ''                # write rows, machine and versions into this file, - for stdout instead of the table
 seed = 1337              # of weights, prompts and draws
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'           # ours: one or several of float32,bfloat16, for sample also int8; 'auto': train.py's choice, or all
+dtype = 'auto'           # some of float32,bfloat16 and sample's int8 or, on a GPU, train's float16; 'auto': all, or train.py's
 compile = 'auto'         # compile our steps, as train.py or sample.py would
 if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
     sys.argv[1] = f'--what={sys.argv[1]}'
@@ -78,7 +78,7 @@ def numbers(name, value, most=1 << 20):
 one_of('what', what, ('sample', 'train'))
 dtypes = [] if dtype == 'auto' else dtype.split(',')
 for part in dtypes:
-    one_of('dtype', part, ('float32', 'bfloat16', 'int8')[:3 if what == 'sample' else 2])
+    one_of('dtype', part, ('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
 peers = peer.split(',') if peer else []
 for part in peers:
     if part != 'transformers' and not (part.startswith('nanogpt:') and os.path.isfile(os.path.join(part[8:], 'model.py'))
@@ -286,7 +286,7 @@ def bench_train():
     contenders = [('ours', precision) for precision in dtypes or ['auto']]
     for part in peers if not growth else []:
         precisions = dtypes or ('float32', 'bfloat16') if part == 'transformers' else ('float32',)   # nanoGPT has its own way
-        contenders += [(part, precision) for precision in precisions]
+        contenders += [(part, precision) for precision in precisions if precision != 'float16']
     batches = None if not batch else numbers('batch', batch, 4096)
     contexts = None if not context else numbers('context', context)
     show(f'{"net":7} {"":12} {"":9} batch context layers dropout   ms/step     tok/s x nano      MB    GFLOP/s  of GEMM  '

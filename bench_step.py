@@ -37,7 +37,7 @@ bias = False           # biases in linears and norms, as in nanoGPT's configs; t
 optimizer = 'adamw'    # ours: 'adamw' or 'muon'
 seed = 1337            # of weights, tokens and dropout
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'         # 'float32' or 'bfloat16'; nanoGPT has its own way
+dtype = 'auto'         # 'float32', 'bfloat16', or on a GPU 'float16'; nanoGPT has its own way
 compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shipped
 configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it, and whoever started it says so
@@ -124,6 +124,9 @@ else:
             return trained(x, y)[1]
 
 
+scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
+
+
 def load(step):
     if windows:
         return windows.batch(step * batch_size, batch_size)
@@ -140,13 +143,16 @@ def train(step, clock=lambda part: None):
     torch.manual_seed(seed + step)
     loss = loss_of(x.to(device), y.to(device))
     clock('forward')
-    loss.backward()
+    scaler.scale(loss).backward()
     clock('backward')
     for p, rows, part in parts:
         part.grad = p.grad[rows]
+    for opt in optimizers:
+        scaler.unscale_(opt)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for opt in optimizers:
-        opt.step()
+        scaler.step(opt)
+    scaler.update()
     model.zero_grad(set_to_none=True)
     clock('update')
 

@@ -99,7 +99,8 @@ def test_growth_is_drawn(folder):
 
 @pytest.mark.parametrize('flags, words', [
     (['--net=7B'], ["net='7B'", '124M']), (['--optimizer=sgd'], ['sgd', 'muon']), (['--dropout=2'], ['dropout=2', 'below 1']),
-    (['--dtype=int8'], ['int8', 'float32, bfloat16']), (['--plot=x.png'], ['--growth']), (['--growth', '--plot=no/x.png'], ['no/x.png']),
+    (['--dtype=int8'], ['int8', 'float32, bfloat16']), (['--net=0.8M', '--dtype=float16'], ['needs a GPU', 'bfloat16']),
+    (['--peer_dropout=x'], ["peer_dropout='x'", 'below 1']), (['--plot=x.png'], ['--growth']), (['--growth', '--plot=no/x.png'], ['no/x.png']),
     (['--batch=0'], ['batch']), (['--net=0.8M', '--context=x'], ['context']), (['--peer=nanogpt:nowhere'], ['nowhere', 'model.py'])])
 def test_bench_train_mistakes(refused, folder, flags, words):
     refused('bench.py', 'train', *flags, '--device=cpu', words=words)
