@@ -79,6 +79,8 @@ one_of('what', what, ('sample', 'train'))
 dtypes = [] if dtype == 'auto' else dtype.split(',')
 for part in dtypes:
     one_of('dtype', part, ('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
+    if part != 'int8':
+        runtime.find_dtype(part, device)   # which refuses fp16 on a processor
 peers = peer.split(',') if peer else []
 for part in peers:
     if part != 'transformers' and not (part.startswith('nanogpt:') and os.path.isfile(os.path.join(part[8:], 'model.py'))
