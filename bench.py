@@ -12,6 +12,7 @@ How fast it is, beside how fast the machine lets it be and how fast others are, 
 
 Writes a table, or JSON, to stdout; reads nothing but the peers.
 """
+import contextlib
 import functools
 import json as jsons
 import os
@@ -31,7 +32,6 @@ import plots
 import runtime
 from configurator import configure, fail
 from model import GPT, GPTConfig, chances
-from runtime import say
 
 what = 'sample'          # the benchmark, 'sample' or 'train'; may be typed first, without --what=
 net = 'auto'             # '124M', GPT-2's; '10.65M' and '0.8M', nanoGPT's for characters; train takes several; 'auto': all
@@ -87,7 +87,7 @@ for part in peers:
                                        and part[8:]):
         fail(f'peer={part!r}: allowed are transformers, and nanogpt:PATH with the folder of nanoGPT\'s model.py; type '
              f'--peer=transformers')
-for part, value, least in (('tokens', tokens, 2), ('runs', runs, 1)):
+for part, value, least in (('tokens', tokens, 2), ('runs', runs, 1), ('seed', seed, 0)):
     if value < least:
         fail(f'{part}={value}: it must be {least} or more; type --{part}={least + 2}')
 runtime.check_json(json)
@@ -199,8 +199,9 @@ def start(who, precision, shape, share):
 
 def ask(process, order):
     """Send a number of steps, or 'profile', and wait for the answer."""
-    process.stdin.write(f'{order}\n')
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):   # it has ended: hear says how
+        process.stdin.write(f'{order}\n')
+        process.stdin.flush()
     return hear(process)
 
 
@@ -213,7 +214,8 @@ def hear(process):
     refused = next((line for line in lines if line.startswith('error: ')), None)
     if refused:
         fail(refused.removeprefix('error: '))
-    fail(f'a measured process ended with exit code {process.wait()}: {lines[-1]}; type --net=0.8M for less memory')
+    fail(f'a measured process ended with exit code {process.wait()}: {lines[-1][:300]}; where memory is short, type a smaller '
+         f'--batch, --context or --net')
 
 
 def measure(contenders, shape, share, peer_share, **more):
@@ -231,9 +233,13 @@ def measure(contenders, shape, share, peer_share, **more):
                     for (process, _), (who, _) in zip(started, contenders)]
     finally:
         for process, _ in started:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process, _ in started:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
     found = []
     for (who, _), (_, said), answers, profiled in zip(contenders, started, runs_of, profiles):
         steps = sorted(answer['seconds'] / answer['steps'] for answer in answers)
@@ -278,15 +284,16 @@ def bench_train():
         one_of('net', name, tuple(NETS))
     one_of('optimizer', optimizer, ('adamw', 'muon'))
     for name, value in (('dropout', dropout), ('peer_dropout', peer_dropout)):
-        try:
-            assert value == 'auto' or 0 <= float(value) < 1
-        except (ValueError, AssertionError):
+        if value != 'auto' and not (type(value) in (int, float) and 0 <= value < 1):
             fail(f'{name}={value!r}: allowed are auto, and numbers from 0 to below 1; type --{name}=auto')
-    if plot and not (growth and plot.endswith('.png') and os.access(os.path.dirname(os.path.abspath(plot)), os.W_OK)):
+    if plot and not (growth and plot.endswith('.png') and not os.path.isdir(plot)
+                     and os.access(os.path.dirname(os.path.abspath(plot)), os.W_OK)):
         fail(f'plot={plot!r}: allowed is the name of a .png that can be written, with --growth; type --growth '
              f'--plot=growth.png')
+    if growth and peers:
+        fail('growth measures ours alone; type --growth without --peer')
     contenders = [('ours', precision) for precision in dtypes or ['auto']]
-    for part in peers if not growth else []:
+    for part in peers:
         precisions = dtypes or ('float32', 'bfloat16') if part == 'transformers' else ('float32',)   # nanoGPT has its own way
         contenders += [(part, precision) for precision in precisions if precision != 'float16']
     batches = None if not batch else numbers('batch', batch, 4096)
@@ -317,7 +324,18 @@ def bench_train():
         plots.growth(rows, plot)
 
 
-rows, show = [], functools.partial(print, flush=True) if json != '-' else say
+rows = []
+
+
+def show(line):
+    """A line of the table, on stderr where JSON has stdout."""
+    try:
+        print(line, flush=True, file=sys.stderr if json == '-' else sys.stdout)
+    except BrokenPipeError:   # a reader such as head that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+
+
 if what == 'train':
     bench_train()
 else:

@@ -7,7 +7,6 @@ and torch's switches are its own.
 Reads numbers of steps from stdin, one a line ('profile' for where the time of three goes); writes a JSON line to stdout for
 each, after a first one that says what is measured. Peers get random tokens, ours a file of them through train.py's loader.
 """
-import contextlib
 import json
 import os
 import resource
@@ -41,6 +40,20 @@ dtype = 'auto'         # 'float32', 'bfloat16', or on a GPU 'float16'; nanoGPT h
 compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shipped
 configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it, and whoever started it says so
+answers = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)   # whatever a peer prints goes to stderr
+
+for name, value, good, allowed, other in (
+        ('who', who, who in ('ours', 'transformers') or who[:8] == 'nanogpt:' and who[8:],
+         'ours, transformers, nanogpt:PATH', 'ours'),
+        ('optimizer', optimizer, optimizer in ('adamw', 'muon'), 'adamw, muon', 'adamw'),
+        ('batch_size', batch_size, batch_size >= 1, '1 or more', 1), ('seed', seed, 0 <= seed < 2**63, '0 or more', 1337)):
+    if not good:
+        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
+try:
+    GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+except ValueError as error:
+    fail(str(error))
 
 KINDS = dict(attention=('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'), products=('mm', 'linear'),
              norms=('layer_norm', 'rms_norm'), activation=('gelu', 'relu', 'pow'),
@@ -112,8 +125,7 @@ elif who == 'transformers':
 else:
     path, dtype, compile = who.partition(':')[2], 'float32', device.startswith('cuda')
     model = checkpoint.nanogpt(path, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias).to(device)
-    with contextlib.redirect_stdout(sys.stderr):
-        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
+    optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
     if device.startswith('cuda'):   # as its train.py does
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         dtype = 'bfloat16'
@@ -172,7 +184,7 @@ def kinds(steps):
 
 
 def answer(**figures):
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(figures), file=answers, flush=True)
 
 
 begun = wait()
@@ -186,6 +198,9 @@ done, marks = 2, []
 for line in sys.stdin:
     profiled, spent = line.strip() == 'profile', dict(loader=0.0, forward=0.0, backward=0.0, update=0.0)
     now = wait if profiled else time.perf_counter   # a GPU is waited for after each part only where they are asked for
+    if not profiled and not (line.strip().isdecimal() and int(line) > 0):
+        fail(f"{line.strip()!r} on stdin: allowed are numbers of steps, one a line, and 'profile'; type echo 10 | "
+             f"python bench_step.py")
     steps = 3 if profiled else int(line)
     begun = wait()
     for _ in range(steps):

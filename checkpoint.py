@@ -290,9 +290,9 @@ def nanogpt(folder, *shape):
         spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(folder, 'model.py'))
         theirs = importlib.util.module_from_spec(spec)
         sys.modules['nanogpt'] = theirs   # which its dataclass looks up
-        spec.loader.exec_module(theirs)
         with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(theirs)
             return theirs.GPT(theirs.GPTConfig(*shape))
-    except Exception as error:   # it is whatever a file holds
+    except (Exception, SystemExit) as error:   # it is whatever a file holds
         fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type '
              f'--peer=nanogpt:PATH')

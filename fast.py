@@ -7,6 +7,7 @@ small nets wait for kernels to be launched, and Muon's many small products do so
 import ctypes
 import math
 import platform
+import types
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, wh
 
 def speed_up(model):
     """Make a GPT train faster where it is now, through the places model.py leaves for that; returns the model."""
-    model.forward = lambda idx, targets=None: lean_forward(model, idx, targets)
+    model.forward = types.MethodType(lean_forward, model)   # a method, which a copy of the model takes as its own
     if next(model.parameters()).device.type == 'cpu':
         keep_memory()
         for layer in list(model.modules()):
@@ -48,7 +49,7 @@ def kept(shape, p, dtype, generator=None):
     bernoulli_ takes 11.7. A function of the generator's seed or of torch's, like any draw."""
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)[:count]
-    return torch.ge(bits.view(shape), round(p * 2**16) - 2**15, out=torch.empty(shape, dtype=dtype))
+    return torch.ge(bits.view(shape), min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty(shape, dtype=dtype))
 
 
 class Dropout(nn.Dropout):
@@ -156,7 +157,7 @@ class CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         gradient, ctx.gradient = ctx.gradient, None   # it would live as long as the loss
-        return gradient.mul_((dloss / ctx.count).to(gradient.dtype)), None, None
+        return gradient.mul_((dloss / ctx.count.clamp(min=1)).to(gradient.dtype)), None, None
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------------

@@ -68,5 +68,8 @@ def growth(rows, path):
         above.set_title(f'{points[0]["n_layer"]} layers, context {points[0]["context"]}' if kind == 'batch' else
                         f'{points[0]["batch"]} x {points[0]["context"]} tokens' + ' a step' * (kind == 'context'), fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        say(f'{path} could not be written ({error.strerror})')
     plt.close(figure)

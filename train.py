@@ -124,6 +124,8 @@ if not (beta1 < 1 and beta2 < 1):
     fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
 if not 0 <= cooldown <= 1:
     fail(f'cooldown={cooldown}: it is a share of the steps, 0 to 1; type --cooldown=0.8')
+if cooldown and not decay_lr:
+    fail(f'cooldown={cooldown} lets the rate fall and decay_lr=False keeps it; type --cooldown=0, or --decay_lr=True')
 if lr_decay_iters is not None and (type(lr_decay_iters) is not int or lr_decay_iters < 0):
     fail(f'lr_decay_iters={lr_decay_iters!r}: it must be None or a whole number, 0 or more; type --lr_decay_iters={max_iters}')
 if optimizer not in ('adamw', 'muon'):

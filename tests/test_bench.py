@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--vocab_size=65']
 BENCH = ['bench.py', 'sample', '--net=0.8M', '--device=cpu', '--compile=False', '--tokens=4', '--runs=1', '--context=8']
 
 
@@ -76,11 +77,11 @@ def test_bench_train_beside_transformers(script, folder):
 def test_bench_step_beside_nanogpt(process, folder):
     """Any model.py of that interface; nanoGPT's own is measured by hand (results/speed.md)."""
     (folder / 'model.py').write_text(
-        'import torch\nfrom dataclasses import dataclass\n@dataclass\nclass GPTConfig:\n    block_size: int\n    vocab_size: int\n'
-        '    n_layer: int\n    n_head: int\n    n_embd: int\n    dropout: float\n    bias: bool\n'
+        'import torch\nfrom dataclasses import dataclass\nprint("hello")\n@dataclass\nclass GPTConfig:\n    block_size: int\n'
+        '    vocab_size: int\n    n_layer: int\n    n_head: int\n    n_embd: int\n    dropout: float\n    bias: bool\n'
         'class GPT(torch.nn.Module):\n    def __init__(self, c):\n        super().__init__()\n        print("number of parameters")\n'
         '        self.wte = torch.nn.Embedding(c.vocab_size, 8)\n'
-        '    def forward(self, x, y):\n        return None, self.wte(x).square().mean()\n'
+        '    def forward(self, x, y):\n        print("here")\n        return None, self.wte(x).square().mean()\n'
         '    def configure_optimizers(self, decay, rate, betas, device):\n        return torch.optim.AdamW(self.parameters(), lr=rate)\n')
     done = process('bench_step.py', f'--who=nanogpt:{folder}', '--vocab_size=9', '--block_size=4', '--device=cpu', input='2\n')
     first, second = map(json.loads, done.stdout.splitlines())
@@ -101,6 +102,29 @@ def test_growth_is_drawn(folder):
     (['--net=7B'], ["net='7B'", '124M']), (['--optimizer=sgd'], ['sgd', 'muon']), (['--dropout=2'], ['dropout=2', 'below 1']),
     (['--dtype=int8'], ['int8', 'float32, bfloat16']), (['--net=0.8M', '--dtype=float16'], ['needs a GPU', 'bfloat16']),
     (['--peer_dropout=x'], ["peer_dropout='x'", 'below 1']), (['--plot=x.png'], ['--growth']), (['--growth', '--plot=no/x.png'], ['no/x.png']),
-    (['--batch=0'], ['batch']), (['--net=0.8M', '--context=x'], ['context']), (['--peer=nanogpt:nowhere'], ['nowhere', 'model.py'])])
+    (['--batch=0'], ['batch']), (['--net=0.8M', '--context=x'], ['context']), (['--growth', '--plot=d.png'], ['d.png']),
+    (['--growth', '--peer=transformers'], ['growth', 'peer']), (['--seed=-1'], ['seed=-1']), (['--peer=nanogpt:nowhere'], ['nowhere', 'model.py'])])
 def test_bench_train_mistakes(refused, folder, flags, words):
+    (folder / 'd.png').mkdir()
     refused('bench.py', 'train', *flags, '--device=cpu', words=words)
+
+
+@pytest.mark.parametrize('flags, stdin, words', [
+    (['--n_head=5'], '', ['n_head=5']), (['--n_layer=-1'], '', ['n_layer=-1']), (['--dropout=2'], '', ['dropout=2']),
+    (['--batch_size=0'], '', ['batch_size=0']), (['--seed=-1'], '', ['seed=-1']), (['--who=foo'], '', ['foo', 'transformers']),
+    (['--who=nanogpt:'], '', ['nanogpt:PATH']), (['--optimizer=foo'], '', ['foo', 'muon']),
+    (SMALL, 'abc\n', ['abc', 'profile']), (SMALL, '0\n', ['0', 'profile'])])
+def test_bench_step_mistakes(process, folder, flags, stdin, words):
+    done = process('bench_step.py', *flags, '--device=cpu', input=stdin)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert done.returncode == 2 and len(errors) == 1 and 'Traceback' not in done.stderr, done.stderr
+    assert all(word in errors[0] for word in words)
+
+
+def test_bench_train_beside_a_peer_that_dies(process, folder):
+    """One line, and the other measured process ends with it."""
+    (folder / 'model.py').write_text('import os, threading\nthreading.Timer(0.1, lambda: os._exit(9)).start()\n'
+                                     'import time; time.sleep(5)\n')
+    done = process('bench.py', 'train', '--quick', '--net=0.8M', f'--peer=nanogpt:{folder}', '--device=cpu')
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert done.returncode == 2 and 'exit code 9' in errors[0] and 'Traceback' not in done.stderr

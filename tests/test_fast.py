@@ -90,6 +90,10 @@ def test_dropout(p):
     assert torch.equal(layer.eval()(x), x)
 
 
+def test_dropout_next_to_one_drops():
+    assert fast.kept((1_000_003,), 0.999999, torch.float32).mean() < 1e-4
+
+
 @pytest.mark.parametrize('smoothing', [0.0, 0.2])
 def test_cross_entropy_is_torchs(smoothing, monkeypatch):
     """Loss and gradient of the logits, with ignored targets, over several chunks of rows."""
