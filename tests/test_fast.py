@@ -1,4 +1,5 @@
 """fast.py: each faster way beside the formula or torch's own. pytest tests/test_fast.py"""
+import copy
 import math
 
 import pytest
@@ -57,6 +58,18 @@ def test_attention_drops_weights_and_differentiates_what_it_dropped(T, monkeypat
         assert abs(sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) - 0.7) < 0.005
 
 
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_long_attention_keeps_nothing_quadratic(dropout):
+    """Above KEEP_WEIGHTS tokens the backward pass is left q, k and v alone; up to there weights and masks, too."""
+    def saved(T):
+        sizes = []
+        q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            fast.attend(q, k, v, dropout)
+        return max(sizes)
+    assert saved(fast.KEEP_WEIGHTS + 88) == 2 * 600 * 8 and saved(fast.KEEP_WEIGHTS) > 2 * 512 * 8
+
+
 def test_attention_by_blocks_is_taken_in_training_alone():
     net = fast.speed_up(GPT(GPTConfig(**SMALL)))
     taken = net(torch.zeros(1, 8, dtype=torch.long))[0].grad_fn
@@ -111,6 +124,12 @@ def test_cross_entropy_is_torchs(smoothing, monkeypatch):
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
 
 
+def test_targets_that_are_all_ignored_teach_nothing():
+    logits = torch.randn(3, 5000, requires_grad=True)
+    fast.CrossEntropy.apply(logits * 1.0, torch.full((3,), -1), 0.1).backward()
+    assert torch.equal(logits.grad, torch.zeros(3, 5000))
+
+
 def test_a_large_vocabulary_trains_the_same():
     """Loss and every gradient of a net with 5,000 tokens, with and without what speed_up puts in; evaluation gives logits."""
     def run(faster):
@@ -160,6 +179,16 @@ def test_the_loss_curve_stays(change):
         return losses
     slow, quick = curve(False), curve(True)
     assert slow[-1] < slow[0] - 1 and max(abs(a - b) for a, b in zip(slow, quick)) < 1e-5
+
+
+def test_a_copy_of_a_faster_model_computes_with_its_own_weights():
+    torch.manual_seed(5)
+    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    twin, idx = copy.deepcopy(net), torch.randint(61, (1, 9))
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert abs(twin(idx, idx)[1] - math.log(61)) < 1e-6 < abs(net(idx, idx)[1] - math.log(61))
 
 
 @pytest.mark.parametrize('precise', [False, True])
@@ -263,7 +292,7 @@ def test_a_cuda_graph_trains_the_same():
     assert torch.allclose(run(False), run(True), atol=1e-3)
 
 
-def test_one_context_casts_the_weights_once():
+def test_one_autocast_context_leaves_the_gradients():
     """Four micro-steps in bf16 under one autocast context, as train.py has them: the gradients of four contexts, to the bit."""
     torch.manual_seed(10)
     net = fast.speed_up(GPT(GPTConfig(**SMALL)))

@@ -525,6 +525,10 @@ def test_cooldown(mini, script):
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_cooldown_needs_a_decay(mini, refused):
+    refused('train.py', *TINY, '--cooldown=0.5', '--decay_lr=False', words=['cooldown=0.5', 'decay_lr=False', '--cooldown=0'])
+
+
 def test_zero_init(mini, script):
     """Branches and an untied head start at 0, so that the first loss is that of the uniform distribution; a tied head is GPT-2's."""
     script('train.py', *TINY, '--zero_init', '--tie_weights=False', '--max_iters=0')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What results/speed.md leaves open about one GPU, by one command, into results/speed/gpu/; about fifteen minutes were planned.
-# No GPU could be had so far: these commands have run on a processor alone.
+# What results/speed.md leaves open about one GPU, by one command, into results/speed/gpu/.
+# No GPU could be had so far: written, not yet run on one.
 #     results/speed/gpu.sh ../nanoGPT          # a clone; data/shakespeare_char and data/enwik8 prepared
 set -euo pipefail
 out=results/speed/gpu
