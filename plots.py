@@ -1,9 +1,12 @@
 """
-The rows of a run's log.csv, and pictures of them. matplotlib is imported where a picture is drawn: training goes on without.
+The rows of a run's log.csv, and pictures of them, of benchmarks and of what analyze.py finds. matplotlib is imported where a
+picture is drawn: training goes on without.
 """
 import contextlib
 import csv
+import math
 import re
+import warnings
 
 from runtime import say
 
@@ -26,8 +29,10 @@ def picture(path, rows=1, columns=1, **settings):
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(rows, columns, squeeze=False, **settings)
     try:
-        yield figure, panels
-        figure.savefig(path, dpi=110, bbox_inches='tight')
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing from font')   # of a text's scripts: a box is drawn
+            yield figure, panels
+            figure.savefig(path, dpi=110, bbox_inches='tight')
     finally:
         plt.close(figure)
 
@@ -75,3 +80,125 @@ def growth(rows, path):
         say(f'no {path}: matplotlib is missing; type pip install -r requirements.txt')
     except OSError as error:
         say(f'{path} could not be written ({error.strerror})')
+
+
+# ---- what analyze.py finds -------------------------------------------------------------------------------------------
+
+def attention(weights, path, title):
+    """Every head's weights (L, nh, T, T) as a small map: layers down, heads across."""
+    L, nh = weights.shape[:2]
+    with picture(path, L, nh, figsize=(max(5, 1.1 * nh), max(2, 1.2 * L) + 0.6)) as (figure, panels):
+        for layer, row in enumerate(panels):
+            for head, axes in enumerate(row):
+                axes.imshow(weights[layer, head] ** 0.5, vmin=0, vmax=1, interpolation='antialiased')
+                axes.set(xticks=[], yticks=[])
+                axes.set_title(f'{layer}.{head}', fontsize=7, pad=2)
+        figure.suptitle(f'{title}: layer.head, queries down, keys across, square roots of the weights', fontsize=8)
+
+
+def shown(word):
+    """A token in one line, with its blanks."""
+    return repr(word)[1:-1].replace(' ', '␣')
+
+
+def one_head(weights, words, path, title):
+    """One head's weights (T, T) in full, with its tokens."""
+    T, words = len(words), [shown(word) for word in words]
+    with picture(path, figsize=[max(4, min(40, 0.15 * T + 1.5))] * 2) as (_, ((axes,),)):
+        axes.imshow(weights ** 0.5, vmin=0, vmax=1, interpolation='nearest')
+        axes.set_xticks(range(T), words, rotation=90, fontsize=6, parse_math=False)
+        axes.set_yticks(range(T), words, fontsize=6, parse_math=False)
+        axes.set_title(f'{title}: queries down, keys across', fontsize=9)
+
+
+def depth_scan(rows, path, title):
+    """Measures of all heads as maps, layers down and heads across; rows: dicts with layer, head and the measures."""
+    measures = dict(entropy_share='entropy, of its most', distance='tokens looked back', diagonal='on itself',
+                    previous='on the token before', first='on the first token', stripe='on the most attended column')
+    L, nh = rows[-1]['layer'] + 1, rows[-1]['head'] + 1
+    with picture(path, 2, 3, figsize=(12, 2.5 + 0.6 * L)) as (figure, panels):
+        for axes, (key, name) in zip(panels.flat, measures.items()):
+            values = [[row[key] for row in rows[i * nh:(i + 1) * nh]] for i in range(L)]
+            image = axes.imshow(values, vmin=0, vmax=None if key == 'distance' else 1, aspect='auto')
+            figure.colorbar(image, ax=axes)
+            axes.set(title=name, xlabel='head', ylabel='layer', xticks=range(0, nh, 1 + nh // 16),
+                     yticks=range(0, L, 1 + L // 16))
+        figure.suptitle(title, fontsize=10)
+        figure.tight_layout()
+
+
+def head_ablation(rows, path, title):
+    """The loss without each head, less the loss with it (nats): bars with their intervals, the largest first, 60 at most."""
+    rows = sorted(rows, key=lambda row: -row['change'])[:60]
+    with picture(path, figsize=(max(5, 0.22 * len(rows) + 1.5), 4)) as (_, ((axes,),)):
+        axes.bar(range(len(rows)), [row['change'] for row in rows], alpha=0.6)
+        for i, row in enumerate(rows):
+            if row['change_low'] is not None:
+                axes.plot([i, i], [row['change_low'], row['change_high']], color='black', lw=0.8)
+        axes.set_xticks(range(len(rows)), [f'{row["layer"]}.{row["head"]}' for row in rows], rotation=90, fontsize=7)
+        axes.axhline(0, color='black', lw=0.6)
+        axes.set(xlabel='layer.head', ylabel='loss without it, less loss (nats)')
+        axes.set_title(title, fontsize=9)
+
+
+def text_losses(words, nats, worst, by_position, path, title):
+    """A text as lines of tokens coloured by loss; what was expected where it is worst; loss by position in the context.
+
+    words: of T tokens; nats: of all but the first; worst: lines of text; by_position: nats."""
+    from matplotlib.patches import Rectangle
+    across, cells, line, column = 96, [], 0, 0
+    for word, loss in zip(words, [None, *nats]):
+        for part in re.split('(?<=\n)', word):
+            if column and column + len(part) > across:
+                line, column = line + 1, 0
+            cells.append((line, column, part, loss))
+            line, column = (line + 1, 0) if part.endswith('\n') else (line, column + len(part))
+    heights = [0.19 * (line + 1), 0.19 * (len(worst) + 1), 2.2]   # inches
+    size = (across * 0.0665, sum(heights) + 1.0)
+    with picture(path, 3, 1, figsize=size, height_ratios=heights) as (_, ((text,), (table,), (axes,))):
+        style = dict(family='monospace', fontsize=7.7, va='center', parse_math=False)   # 0.0665 inches a character
+        for i, j, part, loss in cells:
+            part = part.replace('\n', '⏎')
+            if loss is not None:
+                text.add_patch(Rectangle((j, -i - 0.5), len(part), 1, color='tab:red', alpha=min(0.8, loss / 8), lw=0))
+            text.text(j, -i, part, **style)
+        text.set(xlim=(0, across), ylim=(-line - 0.6, 0.6), title=f'{title}: the redder, the higher the loss')
+        for i, said in enumerate(worst):
+            table.text(0, -i, said, **style)
+        table.set(xlim=(0, across), ylim=(-len(worst), 0.6))
+        for panel in (text, table):
+            panel.axis('off')
+        axes.plot(range(1, len(by_position) + 1), by_position)
+        axes.set(xlabel='position in the context', ylabel='nats', ylim=(0, None))
+        axes.grid(alpha=0.3)
+
+
+def embeddings(points, words, shares, neighbours, similar, path):
+    """Tokens at their embeddings' first two principal components; the nearest neighbours of some, [(token, [(token, cosine)])];
+    the cosines of position embeddings (n, n), or None."""
+    columns = 2 if similar is None else 3
+    with picture(path, 1, columns, figsize=(6 * columns, 5.5)) as (figure, ((axes, table, *rest),)):
+        for (x, y), word in zip(points, words):
+            axes.text(x, y, shown(word), fontsize=8, ha='center', va='center', parse_math=False)
+        axes.update_datalim(points)
+        axes.autoscale_view()
+        axes.set(xlabel=f'first principal component, {shares[0]:.0%} of the variance', ylabel=f'second, {shares[1]:.0%}')
+        for i, (word, near) in enumerate(neighbours):
+            line = ', '.join(f'{shown(other)} {cosine:.2f}' for other, cosine in near[:4])
+            table.text(0, -i, f'{shown(word):>12}: {line}', family='monospace', fontsize=7.5, parse_math=False)
+        table.set(xlim=(0, 1), ylim=(-len(neighbours), 1), title='nearest neighbours, by cosine')
+        table.axis('off')
+        for axes in rest:
+            figure.colorbar(axes.imshow(similar, vmin=-1, vmax=1, cmap='coolwarm'), ax=axes)
+            axes.set(title='cosine of position embeddings', xlabel='position', ylabel='position')
+
+
+def gradients(rows, path, title):
+    """Norms of weights and gradients a layer, logarithmic; rows: dicts with layer, weight and gradient."""
+    with picture(path, figsize=(max(6, 0.3 * len(rows) + 1), 4)) as (_, ((axes,),)):
+        for key in ('weight', 'gradient'):
+            axes.plot(range(len(rows)), [row[key] or math.nan for row in rows], marker='o', ms=3, lw=0.8, label=f'{key} norm')
+        axes.set_xticks(range(len(rows)), [row['layer'] for row in rows], rotation=90, fontsize=7)
+        axes.set(yscale='log', title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()

@@ -1,0 +1,228 @@
+"""analyze.py, from a checkpoint to a page that a browser shows. pytest tests/test_analyze.py"""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+FILES = {'attention.npz', 'attention.png', 'depth_scan.csv', 'depth_scan.png', 'embeddings.png', 'gradients.csv', 'gradients.png',
+         'head.png', 'head_ablation.csv', 'head_ablation.png', 'losses.png', 'report.html'}
+NASTY = 'the miller <script>document.title="pwned"</script> & "his" </script><!-- wife'
+
+
+def report_of(path):
+    """What the page was given."""
+    page = path.read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.fixture
+def run(trained, folder):
+    """A working folder with the tiny model's run and its data."""
+    shutil.copytree(trained, 'out')
+    shutil.copytree(trained.parent / 'data', 'data')
+    return folder
+
+
+def test_analyze(script, run):
+    result = script('analyze.py', '--device=cpu', '--start=VAL:3', '--layer=1', '--head=1', '--windows=5')
+    assert result.code == 0, result.err
+    assert {path.name for path in (run / 'out/analysis').iterdir()} == FILES
+    for path in (run / 'out/analysis').glob('*.png'):
+        assert path.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n' and path.stat().st_size > 3000
+    arrays = np.load(run / 'out/analysis/attention.npz')
+    assert arrays['weights'].shape == (2, 2, 16, 16) and np.allclose(arrays['weights'].sum(-1), 1, atol=1e-6)
+    assert arrays['outputs'].shape == (2, 2, 16, 8)
+    tokens = np.fromfile('data/mini/val.bin', dtype='<u2')[3:19]
+    assert arrays['tokens'].tolist() == tokens.tolist()
+    found = report_of(run / 'out/analysis/report.html')
+    assert (found['layer'], found['head'], found['size'], found['pool']) == (1, 1, 16, 1)
+    assert found['losses'][1:] == pytest.approx(arrays['losses'].tolist())
+    with open('out/analysis/head_ablation.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert [(row['layer'], row['head']) for row in rows] == [('0', '0'), ('0', '1'), ('1', '0'), ('1', '1')]
+    for row in rows:
+        assert float(row['change_low']) < float(row['change']) < float(row['change_high'])
+    assert all(line in found['findings'] for line in result.out.splitlines())
+    assert 'looked at are the first 16' in result.err
+
+
+def test_the_interval_is_students(script, run):
+    """Mean ± t · sd/√n of the windows' differences, measured here once more by zeroing the head."""
+    from scipy import stats
+    from torch.nn import functional as F
+
+    import inside
+    from checkpoint import open_model
+    script('analyze.py', '--device=cpu', '--windows=4')
+    model, *_ = open_model('resume', 'out', '', 'data')
+    split = np.fromfile('data/mini/val.bin', dtype='<u2').astype(np.int64)
+    starts = np.linspace(0, len(split) - 17, 4).astype(int)
+    rows = torch.from_numpy(np.stack([split[s:s + 17] for s in starts]))
+
+    def losses():
+        with torch.no_grad():
+            return F.cross_entropy(model(rows[:, :-1])[0].transpose(1, 2), rows[:, 1:], reduction='none').mean(dim=1).double()
+    base = losses()
+    with inside.zeroed(model.eval(), [(1, 0)]):
+        change = losses() - base
+    low, high = stats.t.interval(0.95, 3, loc=change.mean(), scale=change.std() / 2)
+    with open('out/analysis/head_ablation.csv') as f:
+        row = list(csv.DictReader(f))[2]
+    assert [float(row[key]) for key in ('change', 'change_low', 'change_high')] == pytest.approx(
+        [change.mean().item(), float(low), float(high)], abs=1e-5)
+
+
+def test_without_a_validation_split(script, run):
+    shutil.rmtree('data')
+    result = script('analyze.py', '--device=cpu', '--start=the miller said')
+    assert result.code == 0 and 'measured on the text itself' in result.err
+    assert report_of(run / 'out/analysis/report.html')['tokens'] == list('the miller said')
+
+
+def changed(run, monkeypatch, old, new):
+    """analyze.py with one line of it otherwise."""
+    source = (ROOT / 'analyze.py').read_text()
+    assert old in source
+    for path in [*ROOT.glob('*.py'), ROOT / 'report.html']:
+        shutil.copy(path, run)
+    (run / 'analyze.py').write_text(source.replace(old, new))
+    monkeypatch.setattr('conftest.ROOT', run)
+
+
+def test_more_attention_than_fits_is_cut(script, run, monkeypatch):
+    changed(run, monkeypatch, 'HELD_BYTES = 1 << 30', 'HELD_BYTES = 4 * 4 * 10 * 10')
+    result = script('analyze.py', '--device=cpu', '--windows=2')
+    assert 'looked at are the first 10, as the attention of 4 heads' in result.err
+    assert len(report_of(run / 'out/analysis/report.html')['tokens']) == 10
+
+
+def test_what_cannot_be_written_is_said(refused, run):
+    """A folder in a file's place, a file in the folder's."""
+    (run / 'out/analysis/gradients.png').mkdir(parents=True)
+    refused('analyze.py', '--device=cpu', '--start=the miller', words=['out/analysis', 'cannot be written', '--out_dir'])
+    assert not (run / 'out/analysis.part').exists()
+    (run / 'file').write_text('')
+    refused('analyze.py', '--device=cpu', '--checkpoint=out/best.pt', '--out_dir=file', words=['file', '--out_dir'])
+
+
+def test_long_contexts_are_shown_in_blocks(script, run, monkeypatch):
+    """The page gets blocks when all would be too much, rows still sum to 1; the arrays stay whole."""
+    changed(run, monkeypatch, 'SHOWN_BYTES = 5_000_000', 'SHOWN_BYTES = 100')
+    result = script('analyze.py', '--device=cpu', '--windows=2')
+    assert 'between blocks of' in result.err
+    found = report_of(run / 'out/analysis/report.html')
+    size = found['size']
+    import base64
+    packed = np.frombuffer(base64.b64decode(found['attention']), np.uint8).reshape(4, size * (size + 1) // 2)
+    assert packed.size <= 100 and found['pool'] * size >= 16
+    weights = (packed / 255) ** 2
+    for i in range(size):
+        assert np.allclose(weights[:, i * (i + 1) // 2:(i + 1) * (i + 2) // 2].sum(1), 1, atol=0.02)
+
+
+def test_a_gpt2_of_hugging_face(script, folder, gpt2_files):
+    from transformers import GPT2Config
+
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)).save_pretrained('tiny')
+    import data
+    for name, content in data.hf_tokenizer_files(data.GPT2Tokenizer(), 32).items():
+        (folder / 'tiny' / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert GPT2Config.from_pretrained('tiny').n_embd == 16
+    result = script('analyze.py', '--device=cpu', '--init_from=tiny', '--start=When Mary and John went to the store, John gave')
+    assert result.code == 0, result.err
+    assert report_of(folder / 'out/analysis/report.html')['tokens'][1] == ' Mary'
+
+
+def test_a_checkpoint_of_nanogpt(script, mini):
+    """With its characters from its dataset's folder; what is no GPT's at all is refused."""
+    from test_hub import nanogpt_checkpoint
+    nanogpt_checkpoint('ckpt.pt', vocab_size=len(json.loads((mini / 'data/mini/meta.json').read_text())['tokenizer']['chars']))
+    result = script('analyze.py', '--device=cpu', '--checkpoint=ckpt.pt', '--start=the miller')
+    assert result.code == 0 and report_of(mini / 'out/analysis/report.html')['tokens'] == list('the miller'), result.err
+    torch.save(dict(weights=torch.ones(3)), 'other.pt')
+    result = script('analyze.py', '--device=cpu', '--checkpoint=other.pt', '--start=the miller')
+    assert result.code == 2 and 'other.pt' in result.err and 'Traceback' not in result.err
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+def test_a_full_stdout(process, run):
+    with open('/dev/full', 'w') as full:
+        done = process('analyze.py', '--device=cpu', '--windows=2', capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and 'stdout cannot be written' in done.stderr and 'Traceback' not in done.stderr
+    assert (run / 'out/analysis/report.html').exists()
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--layer=2'], ['layer=2', '0 to 1']), (['--head=-1'], ['head=-1', '0 to 1']), (['--start=t'], ['1 token', 'two']),
+    (['--start=FILE:nowhere'], ['nowhere']), (['--start=VAL:999999'], ['VAL:999999', 'VAL:0']), (['--start=VAL:x'], ['VAL:x']),
+    (['--tokens=1'], ['tokens=1']), (['--windows=1'], ['windows=1', 'auto']), (['--start=ü'], ['ü', 'vocabulary']),
+    (['--checkpoint=data/mini/meta.json'], ['meta.json']), (['--dataset=none'], ['none', 'val.bin']), (['--laier=1'], ['--layer'])])
+def test_mistakes(refused, run, flags, words):
+    refused('analyze.py', *flags, '--device=cpu', words=words)
+    assert not (run / 'out/analysis').exists()
+
+
+@pytest.fixture(scope='session')
+def browser():
+    """A headless Chromium."""
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not found:
+        pytest.skip('no chromium on this machine; type apt-get install chromium')
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+def test_the_page_in_a_browser(script, run, browser):
+    """No error; pickers and keys work; markup stays text; nothing is fetched; a phone need not scroll sideways."""
+    import checkpoint
+    from data import ByteTokenizer
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+    checkpoint.save('nasty.pt', torch.load('out/best.pt', weights_only=True) | dict(
+        tokenizer=ByteTokenizer().state(), model_args=model.config.__dict__, model=model.state_dict(), config={}))
+    result = script('analyze.py', '--device=cpu', '--checkpoint=nasty.pt', f'--start={NASTY}')
+    assert result.code == 0, result.err
+    for width, scheme in ((1100, 'light'), (390, 'dark')):
+        page = browser.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
+        said, asked = [], []
+        page.on('console', lambda message, said=said: said.append(message.text))
+        page.on('pageerror', lambda error, said=said: said.append(str(error)))
+        page.on('request', lambda request, asked=asked: asked.append(request.url))
+        page.goto((run / 'out/analysis/report.html').as_uri())
+        assert page.title() == 'Inside a GPT' and page.locator('#text span').count() == len(NASTY)
+        assert ''.join(page.locator('#text span').all_text_contents()).replace('␣', ' ') == NASTY
+        page.focus('#text')
+        for key in ('ArrowRight', 'ArrowRight', 'ArrowRight', 'ArrowDown'):
+            page.keyboard.press(key)
+        assert page.input_value('#head') == '1' and page.input_value('#layer') == '0'
+        assert 'Token 2' in page.inner_text('#said') and 'head 0.1' in page.inner_text('#said')
+        shares = [float(share) for share in re.findall(r'([\d.]+) % \((?:\d+ back|itself)\)', page.inner_text('#said'))]
+        assert 98 < sum(shares) < 102   # of all three tokens so far
+        assert page.locator('#tip').is_visible() and 'nats' in page.inner_text('#tip')
+        page.select_option('#layer', '1')
+        assert 'head 1.1' in page.inner_text('#said')
+        page.locator('#maps button').nth(2).click()
+        assert (page.input_value('#layer'), page.input_value('#head')) == ('1', '0')
+        page.locator('#text span').nth(7).hover()
+        assert 'Token 7' in page.inner_text('#said')
+        page.locator('#scan th', has_text='entropy').click()
+        entropies = [float(cell) for cell in page.locator('#scan tr td:nth-child(2)').all_text_contents()]
+        assert entropies == sorted(entropies, reverse=True) and len(entropies) == 4
+        page.keyboard.press('Tab')
+        page.select_option('#mode', 'loss')
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
+        assert page.title() == 'Inside a GPT' and not said and all(url.startswith('file:') for url in asked)
+        page.close()
