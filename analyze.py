@@ -294,7 +294,7 @@ def write_csv(file, rows):
     with open(at(file), 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: f'{x:.6g}' if isinstance(x, float) else x for key, x in row.items()} for row in rows)
 
 
 title = f'{where}, {T} tokens'
