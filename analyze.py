@@ -16,10 +16,10 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import statistics
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -46,9 +46,11 @@ head = 0                 # head
 windows = 'auto'         # of the validation split, to take heads out on; 'auto': as many as a minute or two is enough for
 seed = 1337              # of the random tokens that induction is measured on
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-configure(globals(), runtime.find_device)
-for number in (signal.SIGINT, getattr(signal, 'SIGPIPE', signal.SIGINT)):
-    signal.signal(number, signal.SIG_DFL)   # Ctrl-C, or a reader that has seen enough, just ends it
+_, given = configure(globals(), runtime.find_device)
+if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # a reader that has seen enough just ends it
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: sys.exit(128 + number))   # and half-written files are taken away
 
 SHOWN_BYTES = 5_000_000   # of attention in report.html; base64 makes a third more of it
 HELD_BYTES = 1 << 30      # of attention in memory, of all heads
@@ -60,6 +62,9 @@ if windows != 'auto' and not (type(windows) is int and windows >= 2):
     fail(f'windows={windows!r}: allowed are auto, and whole numbers from 2; type --windows=auto')
 model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 config = model.config
+if config.n_layer == 0 or config.block_size < 2:
+    fail(f'{where} has n_layer={config.n_layer}, block_size={config.block_size}: nothing in it looks from one token at '
+         f'another; type --checkpoint=FILE for a model with one layer or more, and two tokens or more')
 try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
@@ -86,25 +91,24 @@ def text_of(token):
 
 
 # ---- the text ------------------------------------------------------------------------------------------------------
+most = min(tokens, config.block_size, math.isqrt(HELD_BYTES // (4 * L * nh)))
 if start == '' or start.startswith('VAL:'):
     if data is None:
         fail('no validation split here to take a text from; type --start=TEXT, or --dataset=NAME')
-    split = data.split('val')[0]
-    at = start[4:] or '0'
-    if not at.isdecimal() or int(at) > len(split) - 2:
-        fail(f'start={start!r}: VAL: takes a token from 0 to {len(split) - 2}; type --start=VAL:0')
-    ids = split[int(at):int(at) + tokens].astype(np.int64)
+    split, first = data.split('val')[0], start[4:] or '0'
+    if not first.isdecimal() or len(first) > 18 or int(first) > len(split) - 2:
+        fail(f'start={start[:40]!r}: VAL: takes a token from 0 to {len(split) - 2}; type --start=VAL:0')
+    ids = split[int(first):int(first) + (tokens if 'tokens' in given else most)].astype(np.int64)
 else:
     try:
         if start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8') as f:
+            with open(start[5:], encoding='utf-8-sig') as f:
                 text = f.read(1 << 24)
         else:
             text = start
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: takes text in UTF-8; type --start=TEXT')
     ids = tokenizer.encode(text)
-most = min(tokens, config.block_size, math.isqrt(HELD_BYTES // (4 * L * nh)))
 if len(ids) > most:
     note(f'The text has {len(ids):,} tokens; looked at are the first {most:,}' + (
         f': type --tokens={config.block_size} for more.' if most == tokens else f', all that fit block_size={most:,}.'
@@ -118,13 +122,7 @@ T, words = idx.size(1), [text_of(token) for token in idx[0].tolist()]
 runtime.set_up(device, 'float32', False)
 model.to(device).eval()
 folder = os.path.join(out_dir, 'analysis')
-part = folder + '.part'   # where the files are written, until all are
-try:
-    os.makedirs(folder, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-except OSError as error:
-    fail(f'{error.filename} cannot be made ({error.strerror}); type --out_dir=FOLDER for another place')
+checkpoints.open_folder(out_dir, 0)
 say(f'{where}, {model.num_params():,} parameters; {T} tokens')
 
 # ---- attention: what each head looks at ------------------------------------------------------------------------------
@@ -149,6 +147,7 @@ for i in range(L):
 # ---- losses: where it fails ----------------------------------------------------------------------------------------
 losses = inside.token_losses(logits[None, :-1], idx[:, 1:])[0]                                    # (T-1,), of tokens 1 to T-1
 top = logits[:-1, :model.drawable].softmax(dim=1).topk(min(5, model.drawable), dim=1)             # (T-1, 5)
+
 # ---- what heads are worth ------------------------------------------------------------------------------------------
 def cut(tokens_of, length, count):
     """`count` windows of `length` tokens and their targets, evenly spread: (count, length) each."""
@@ -189,6 +188,10 @@ for name, weight, gradient in inside.gradient_norms(model, x[:8], y[:8]):
 gradients = [dict(layer=key, parameters=sum(n for _, _, n in values), weight=math.hypot(*(w for w, _, _ in values)),
                   gradient=math.hypot(*(g for _, g, _ in values))) for key, values in norms.items()]
 
+numbers = (losses, base, without, torch.tensor([(row['weight'], row['gradient']) for row in gradients]))
+if not all(t.isfinite().all() for t in numbers):
+    fail(f'{where}: its losses or gradients are not finite numbers; type --checkpoint=FILE for a sound one')
+
 wte = model.transformer.wte.weight.detach().cpu()[:model.drawable]
 common = [token for token, _ in collections.Counter(idx[0].tolist()).most_common(80)]   # of this text
 drawn = range(len(wte)) if len(wte) <= 100 else common
@@ -225,7 +228,7 @@ by_layer = [statistics.mean(row['distance'] for row in heads if row['layer'] == 
 findings = ['Mean distance looked back, layer by layer: ' + ', '.join(f'{d:.1f}' for d in by_layer) + ' tokens.']
 narrow, wide = (extreme(heads, key=lambda row: row['entropy_share']) for extreme in (min, max))
 findings.append(f'Head {name(narrow)} chooses most sharply, with {share(narrow["entropy_share"])} of the entropy it could '
-                f'have; head {name(wide)} least, with {share(wide["entropy_share"])}.')
+                f'have' + f'; head {name(wide)} least, with {share(wide["entropy_share"])}' * (len(heads) > 1) + '.')
 for key, words_for in (('diagonal', 'itself'), ('previous', 'the token before'), ('first', 'token 0')):
     row = max(heads, key=lambda row: row[key])
     findings.append(f'Head {name(row)} puts {share(row[key])} on {words_for}, the most of all heads.')
@@ -238,9 +241,9 @@ for role in roles:
         findings.append(f'{role.capitalize()} heads: {named}' + f' and {len(found) - 5} more' * (len(found) > 5) + '.')
 if not any(row['called'] for row in heads):
     findings.append(f'No head puts {share(inside.NAMED)} or more where one of the four roles looks.')
-row = max(heads, key=lambda row: row['change'])
+row = max(heads, key=lambda row: abs(row['change']))
 bounds = '' if row['change_low'] is None else f' (95 %: {row["change_low"]:.4f} to {row["change_high"]:.4f})'
-findings.append(f'Taking out head {name(row)} costs the most: {row["change"]:+.4f} nats a token{bounds}.')
+findings.append(f'Taking out head {name(row)} changes the loss the most: {row["change"]:+.4f} nats a token{bounds}.')
 if bounds:
     missed = sum(not row['change_low'] <= 0 <= row['change_high'] for row in heads)
     findings.append(f'{missed} of {len(heads)} heads make a difference when taken out, by intervals that do not hold 0, as 1 '
@@ -299,35 +302,38 @@ def write_csv(file, rows):
 
 title = f'{where}, {T} tokens'
 try:
-    np.savez_compressed(at('attention.npz'), weights=weights.numpy(), outputs=outputs.numpy(), tokens=idx[0].numpy(),
-                        losses=losses.numpy())
-    write_csv('depth_scan.csv', [{key: value for key, value in row.items() if not key.startswith('change')} for row in heads])
-    shown = ('layer', 'head', 'change', 'change_low', 'change_high')
-    write_csv('head_ablation.csv', [{key: row[key] for key in shown} for row in heads])
-    write_csv('gradients.csv', gradients)
-    plots.attention(weights.numpy(), at('attention.png'), title)
-    plots.one_head(weights[layer, head].numpy(), words, at('head.png'), f'{where}, head {layer}.{head}')
-    plots.depth_scan(heads, at('depth_scan.png'), title)
-    plots.head_ablation(heads, at('head_ablation.png'), f'{where}: {measured_on}')
-    plots.text_losses(words, losses.tolist(), [
-        f'{losses[i - 1]:5.2f}  after {"".join(words[max(0, i - 20):i])[-20:]!r} came {words[i]!r}, expected ' +
-        ', '.join(f'{text!r} {share(chance)}' for text, chance in expected[i - 1]) for i in worst],
-        by_position, at('losses.png'), title)
-    plots.embeddings(points[drawn].tolist(), [text_of(token) for token in drawn], shares.tolist(), near_common,
-                     None if similar is None else similar.numpy(), at('embeddings.png'))
-    plots.gradients(gradients, at('gradients.png'), title)
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.html'), encoding='utf-8') as f:
-        page = f.read()
-    content = json.dumps(report).replace('<', '\\u003c')   # so that no text can end the script element
-    with open(at('report.html'), 'w', encoding='utf-8') as f:
-        f.write(page.replace('DATA', content, 1))
-    files = os.listdir(part)
-    for file in files:
-        os.replace(at(file), os.path.join(folder, file))
+    with tempfile.TemporaryDirectory(prefix='analysis-', dir=out_dir) as part:   # until all are written
+        np.savez_compressed(at('attention.npz'), weights=weights.numpy(), outputs=outputs.numpy(), tokens=idx[0].numpy(),
+                            losses=losses.numpy())
+        worth = ('layer', 'head', 'change', 'change_low', 'change_high')
+        write_csv('depth_scan.csv', [{key: row[key] for key in row if key not in worth[2:]} for row in heads])
+        write_csv('head_ablation.csv', [{key: row[key] for key in worth} for row in heads])
+        write_csv('gradients.csv', gradients)
+        plots.attention(weights.numpy(), at('attention.png'), title)
+        plots.one_head(weights[layer, head].numpy(), words, at('head.png'), f'{where}, head {layer}.{head}')
+        plots.depth_scan(heads, at('depth_scan.png'), title)
+        plots.head_ablation(heads, at('head_ablation.png'), f'{where}: {measured_on}')
+        plots.text_losses(words, losses.tolist(), [
+            f'{losses[i - 1]:5.2f}  after {"".join(words[max(0, i - 20):i])[-20:]!r} came {words[i][:20]!r}, expected ' +
+            ', '.join(f'{text[:20]!r} {share(chance)}' for text, chance in expected[i - 1]) for i in worst],
+            by_position, at('losses.png'), title)
+        plots.embeddings(points[drawn].tolist(), [text_of(token) for token in drawn], shares.tolist(), near_common,
+                         None if similar is None else similar.numpy(), at('embeddings.png'))
+        plots.gradients(gradients, at('gradients.png'), title)
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.html'), encoding='utf-8') as f:
+            page = f.read()
+        content = json.dumps(report, allow_nan=False).replace('<', '\\u003c')   # so that no text can end the script element
+        with open(at('report.html'), 'w', encoding='utf-8') as f:
+            f.write(page.replace('DATA', content, 1))
+        os.makedirs(folder, exist_ok=True)
+        files = os.listdir(part)
+        for file in files:
+            if os.path.isdir(os.path.join(folder, file)):
+                raise IsADirectoryError(0, f'{file} is a folder')
+        for file in files:
+            os.replace(at(file), os.path.join(folder, file))
 except OSError as error:
     fail(f'{folder} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
-finally:
-    shutil.rmtree(part, ignore_errors=True)
 try:
     print('\n'.join(findings), flush=True)
 except OSError as error:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from model import attention_weights
 
-NAMED = 0.4   # share of a head's attention from which on it is called by a role
+NAMED = 0.4       # share of a head's attention from which on it is called by a role
+AT_ONCE = 2**26   # logits that head_ablation holds: 256 MB
 
 
 # ---- hooks ---------------------------------------------------------------------------------------------------------
@@ -111,11 +112,12 @@ def role_matrices(idx):
 
 
 def role_scores(weights, matrices):
-    """The share of attention (nh, T, T) that falls on each matrix's ones, mean over the rows that have some: {role: (nh,)}."""
+    """The share of attention (nh, T, T) that falls on each matrix's ones, mean over the rows that have some: {role: (nh,)}; 0
+    for a matrix without."""
     scores = {}
     for role, matrix in matrices.items():
         rows = matrix.any(dim=1)
-        scores[role] = (weights * matrix)[:, rows].sum(dim=2).mean(dim=1)
+        scores[role] = (weights * matrix).sum(dim=(1, 2)) / rows.sum().clamp(min=1)
     return scores
 
 
@@ -134,24 +136,30 @@ def token_losses(logits, targets):
 
 
 @torch.no_grad()
-def head_ablation(model, x, y, progress=lambda layers: layers):
+def head_ablation(model, x, y, progress=lambda steps: steps):
     """Mean loss of each window of x, y (n, T), nats per token: (n,) as the model is, (n_layer, nh, n) with each head zeroed."""
+    L, nh = model.config.n_layer, model.config.n_head
+    at_once = max(1, AT_ONCE // (x.size(1) * model.config.vocab_size))   # windows
+    whole, losses = torch.empty(len(x)), torch.empty(L, nh, len(x))
     entering = []   # each block, (n, T, C): what lies before a zeroed head need not be computed again
-    hooks = [block.register_forward_pre_hook(lambda _, args: entering.append(args)) for block in model.transformer.h]
-    try:
-        whole = token_losses(model(x)[0], y).mean(dim=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    losses = torch.empty(model.config.n_layer, model.config.n_head, len(x))
-    for layer in progress(range(model.config.n_layer)):
-        for head in range(model.config.n_head):
+    for layer, first in progress([(layer, first) for first in range(0, len(x), at_once) for layer in range(L)]):
+        rows = slice(first, first + at_once)
+        if layer == 0:
+            entering.clear()
+            hooks = [block.register_forward_pre_hook(lambda _, args: entering.append(args)) for block in model.transformer.h]
+            try:
+                whole[rows] = token_losses(model(x[rows])[0], y[rows]).mean(dim=1).cpu()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for head in range(nh):
             hidden, *rest = entering[layer]
             with zeroed(model, [(layer, head)]):
                 for block in model.transformer.h[layer:]:
                     hidden = block(hidden, *rest)
-            losses[layer, head] = token_losses(model.lm_head(model.transformer.ln_f(hidden)), y).mean(dim=1).cpu()
-    return whole.cpu(), losses
+            logits = model.lm_head(model.transformer.ln_f(hidden))                                # (n, T, V)
+            losses[layer, head, rows] = token_losses(logits, y[rows]).mean(dim=1).cpu()
+    return whole, losses
 
 
 def gradient_norms(model, x, y):

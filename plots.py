@@ -27,14 +27,14 @@ def picture(path, rows=1, columns=1, **settings):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(rows, columns, squeeze=False, **settings)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Glyph .* missing from font')   # of a text's scripts: a box is drawn
+    with plt.rc_context({'text.parse_math': False}), warnings.catch_warnings():   # texts and names may hold dollars
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')   # of a text's scripts: a box is drawn
+        figure, panels = plt.subplots(rows, columns, squeeze=False, **settings)
+        try:
             yield figure, panels
             figure.savefig(path, dpi=110, bbox_inches='tight')
-    finally:
-        plt.close(figure)
+        finally:
+            plt.close(figure)
 
 
 def losses(log_path, path, title):
@@ -106,8 +106,8 @@ def one_head(weights, words, path, title):
     T, words = len(words), [shown(word) for word in words]
     with picture(path, figsize=[max(4, min(40, 0.15 * T + 1.5))] * 2) as (_, ((axes,),)):
         axes.imshow(weights ** 0.5, vmin=0, vmax=1, interpolation='nearest')
-        axes.set_xticks(range(T), words, rotation=90, fontsize=6, parse_math=False)
-        axes.set_yticks(range(T), words, fontsize=6, parse_math=False)
+        axes.set_xticks(range(T), words, rotation=90, fontsize=6)
+        axes.set_yticks(range(T), words, fontsize=6)
         axes.set_title(f'{title}: queries down, keys across', fontsize=9)
 
 
@@ -146,25 +146,25 @@ def text_losses(words, nats, worst, by_position, path, title):
 
     words: of T tokens; nats: of all but the first; worst: lines of text; by_position: nats."""
     from matplotlib.patches import Rectangle
-    across, cells, line, column = 96, [], 0, 0
+    across, cells, line, column = 110, [], 0, 0
     for word, loss in zip(words, [None, *nats]):
         for part in re.split('(?<=\n)', word):
             if column and column + len(part) > across:
                 line, column = line + 1, 0
-            cells.append((line, column, part, loss))
+            cells.append((line, column, ''.join(c if c.isprintable() else '⏎' if c == '\n' else '·' for c in part), loss))
             line, column = (line + 1, 0) if part.endswith('\n') else (line, column + len(part))
     heights = [0.19 * (line + 1), 0.19 * (len(worst) + 1), 2.2]   # inches
-    size = (across * 0.0665, sum(heights) + 1.0)
-    with picture(path, 3, 1, figsize=size, height_ratios=heights) as (_, ((text,), (table,), (axes,))):
-        style = dict(family='monospace', fontsize=7.7, va='center', parse_math=False)   # 0.0665 inches a character
+    size = (across * 0.0665, sum(heights) + 1.0)   # of a character of the text
+    with picture(path, 3, 1, figsize=size, height_ratios=heights) as (figure, ((text,), (table,), (axes,))):
+        figure.subplots_adjust(left=0, right=1)
+        style = dict(family='monospace', fontsize=7.7, va='center')
         for i, j, part, loss in cells:
-            part = part.replace('\n', '⏎')
             if loss is not None:
                 text.add_patch(Rectangle((j, -i - 0.5), len(part), 1, color='tab:red', alpha=min(0.8, loss / 8), lw=0))
             text.text(j, -i, part, **style)
         text.set(xlim=(0, across), ylim=(-line - 0.6, 0.6), title=f'{title}: the redder, the higher the loss')
         for i, said in enumerate(worst):
-            table.text(0, -i, said, **style)
+            table.text(0, -i, said if len(said) <= across else said[:across - 1] + '…', **style)
         table.set(xlim=(0, across), ylim=(-len(worst), 0.6))
         for panel in (text, table):
             panel.axis('off')
@@ -179,13 +179,13 @@ def embeddings(points, words, shares, neighbours, similar, path):
     columns = 2 if similar is None else 3
     with picture(path, 1, columns, figsize=(6 * columns, 5.5)) as (figure, ((axes, table, *rest),)):
         for (x, y), word in zip(points, words):
-            axes.text(x, y, shown(word), fontsize=8, ha='center', va='center', parse_math=False)
+            axes.text(x, y, shown(word), fontsize=8, ha='center', va='center')
         axes.update_datalim(points)
         axes.autoscale_view()
         axes.set(xlabel=f'first principal component, {shares[0]:.0%} of the variance', ylabel=f'second, {shares[1]:.0%}')
         for i, (word, near) in enumerate(neighbours):
             line = ', '.join(f'{shown(other)} {cosine:.2f}' for other, cosine in near[:4])
-            table.text(0, -i, f'{shown(word):>12}: {line}', family='monospace', fontsize=7.5, parse_math=False)
+            table.text(0, -i, f'{shown(word):>12}: {line}', family='monospace', fontsize=7.5)
         table.set(xlim=(0, 1), ylim=(-len(neighbours), 1), title='nearest neighbours, by cosine')
         table.axis('off')
         for axes in rest:
@@ -200,5 +200,37 @@ def gradients(rows, path, title):
             axes.plot(range(len(rows)), [row[key] or math.nan for row in rows], marker='o', ms=3, lw=0.8, label=f'{key} norm')
         axes.set_xticks(range(len(rows)), [row['layer'] for row in rows], rotation=90, fontsize=7)
         axes.set(yscale='log', title=title)
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_formatter('')
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+# ---- studies ---------------------------------------------------------------------------------------------------------------
+
+def study(rows, path, title, unit):
+    """Validation losses on the way, means over seeds with bands from lowest to highest; the last ones with 95 % intervals.
+
+    rows: dicts with name, mean and half of its interval (None: one run), logs: [[tokens, training, validation loss], ...]."""
+    with picture(path, 1, 2, figsize=(12, 4.5)) as (figure, ((curves, last),)):
+        for i, row in enumerate(rows):
+            points = {}
+            for log in row['logs']:
+                for tokens, _, loss in log[:-1]:   # the last one is of the whole split, and on the right
+                    if loss is not None:
+                        points.setdefault(tokens, []).append(loss)
+            if points:
+                means = [sum(losses) / len(losses) for losses in points.values()]
+                curves.plot(list(points), means, color=f'C{i % 10}', label=row['name'])
+                curves.fill_between(list(points), [min(losses) for losses in points.values()],
+                                    [max(losses) for losses in points.values()], color=f'C{i % 10}', alpha=0.2, lw=0)
+            last.errorbar([row['mean']], [i], xerr=[row['half'] or 0], fmt='o', ms=4, capsize=3, color=f'C{i % 10}')
+        curves.set(xlabel='tokens trained on', ylabel='validation loss on a sample (nats per token)', title=title)
+        last.set_yticks(range(len(rows)), [row['name'] for row in rows])
+        last.invert_yaxis()
+        last.set(xlabel=f'last loss, whole split ({unit}), 95 % intervals')
+        for axes in (curves, last):
+            axes.grid(alpha=0.3)
+        if curves.lines:
+            curves.legend(fontsize=8)
+        figure.tight_layout()

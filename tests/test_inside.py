@@ -96,8 +96,9 @@ def test_no_head_zeroed_changes_nothing_and_all_leave_the_bias(net):
             assert abs(net(x, y)[1] - loss) > 1e-5
 
 
-def test_head_ablation_is_zeroing_one_head_at_a_time(net):
+def test_head_ablation_is_zeroing_one_head_at_a_time(net, monkeypatch):
     x, y = torch.randint(50, (3, 11)), torch.randint(50, (3, 11))
+    monkeypatch.setattr(inside, 'AT_ONCE', 2 * 11 * 50)   # logits: two of the three windows
     base, losses = inside.head_ablation(net, x, y)
     def by_window():
         with torch.no_grad():
