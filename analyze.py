@@ -31,7 +31,7 @@ import inside
 import plots
 import runtime
 from configurator import configure, fail
-from data import PREPARE, Dataset, find_dataset
+from data import PREPARE, find_dataset, read_prompt, with_split
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -69,14 +69,13 @@ try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
     fail(str(error))
-named, dataset, data = dataset, dataset or str(knobs.get('dataset', '')), None
+named, dataset = dataset, dataset or str(knobs.get('dataset', ''))
 if named and not find_dataset(named, data_dir, needs=('val',))[1]:
     fail(f'{os.path.join(data_dir, named)} has no val.bin; make it first: {PREPARE.get(named, "see the prepare scripts")}')
-if dataset and find_dataset(dataset, data_dir, needs=('val',))[1]:
-    data = Dataset(dataset, data_dir)
-    if data.tokenizer.state() != tokenizer.state():
-        fail(f'{where} was trained with another tokenizer than that of {data.folder}; type --dataset=NAME for one with the '
-             f'same')
+data = with_split(dataset, tokenizer, data_dir)
+if named and not data:
+    fail(f'{where} was trained with another tokenizer than that of {os.path.join(data_dir, named)}; type --dataset=NAME for '
+         f'one with the same')
 
 notes, L, nh = [], config.n_layer, config.n_head
 
@@ -100,15 +99,7 @@ if start == '' or start.startswith('VAL:'):
         fail(f'start={start[:40]!r}: VAL: takes a token from 0 to {len(split) - 2}; type --start=VAL:0')
     ids = split[int(first):int(first) + (tokens if 'tokens' in given else most)].astype(np.int64)
 else:
-    try:
-        if start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8-sig') as f:
-                text = f.read(1 << 24)
-        else:
-            text = start
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f'--start={start}: {error}; FILE: takes text in UTF-8; type --start=TEXT')
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(read_prompt(start))
 if len(ids) > most:
     note(f'The text has {len(ids):,} tokens; looked at are the first {most:,}' + (
         f': type --tokens={config.block_size} for more.' if most == tokens else f', all that fit block_size={most:,}.'
@@ -334,9 +325,5 @@ try:
             os.replace(at(file), os.path.join(folder, file))
 except OSError as error:
     fail(f'{folder} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
-try:
-    print('\n'.join(findings), flush=True)
-except OSError as error:
-    sys.stdout = None   # else Python tries once more at its end
-    fail(f'stdout cannot be written ({error.strerror}); the findings are in {folder}{os.sep}report.html, too; type > FILE')
+runtime.write('\n'.join(findings) + '\n')
 say(f'{len(files)} files in {folder}; open {os.path.join(folder, "report.html")}')

@@ -8,25 +8,34 @@ config (the knobs) and rng (of rank 0, for the record: train.py seeds every step
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
 import contextlib
+import csv
 import hashlib
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pickle
+import platform
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 
+import numpy
 import torch
 
-from configurator import fail
+import runtime
+from configurator import checked, fail
 from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained
+from plots import read_log
 from runtime import say
 
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
+TRAINING = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')   # what a finished model is without
+MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')   # no run is resumed with these of another;
+#                                                                                   and no file names a command to be run
 OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
 
@@ -93,6 +102,19 @@ def save(path, checkpoint, previous=None):
         os.close(handle)
 
 
+def keep(path, checkpoint):
+    """save(), the last.pt before this one kept as last.previous.pt; returns whether it worked: a full disk costs this save,
+    and not the run."""
+    try:
+        folder, name = os.path.split(path)
+        save(path, checkpoint, os.path.join(folder, 'last.previous.pt') if name == 'last.pt' else None)
+        return True
+    except OSError as error:
+        say(f'iter {checkpoint["iter_num"]}: {path} could not be written ({error.strerror})'
+            + '; the older checkpoint is as it was' * os.path.exists(path))
+        return False
+
+
 def open_folder(out_dir, rank):
     """Make a run's folder; fails now for what would fail at the first save."""
     try:
@@ -104,6 +126,52 @@ def open_folder(out_dir, rank):
             os.remove(f.name)
     except OSError as error:
         fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
+
+
+class RunLog:
+    """A run's log.csv, and what of its rows goes elsewhere. Until it has begun, as on all ranks but one, rows go nowhere."""
+    columns = dict(iter='d', tokens='d', train_loss='.6f', val_loss='.6f', lr='.6g', grad_norm='.6g', tok_per_s='.0f',
+                   seconds='.3f')
+
+    def __init__(self, out_dir):
+        self.out_dir, self.path, self.lock = out_dir, os.path.join(out_dir, 'log.csv'), None
+
+    def begin(self, step, knobs, facts):
+        """Take the folder: lock it, write config.json (knobs, facts, versions, machine) and a log.csv with the rows before
+        `step`, the one resumed at, or for None none, an earlier run moved aside. Raises SystemExit where that cannot be."""
+        try:
+            self.trackers = runtime.trackers(knobs)
+            self.lock = runtime.lock(self.out_dir)   # as long as this process lives
+            if step is None:
+                set_aside(self.out_dir)
+            versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__)
+            with open(os.path.join(self.out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+                json.dump(knobs | facts | dict(versions=versions, machine=platform.platform()), f, indent=1)
+            before = [row for row in read_log(self.path) if step is not None and int(row['iter']) < step]
+            with open(self.path + '.part', 'w', newline='') as f:
+                writer = csv.DictWriter(f, self.columns, extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(before)
+            os.replace(self.path + '.part', self.path)
+        except OSError as error:
+            fail(f'{self.out_dir} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
+
+    def row(self, **row):
+        """Append one row; a column that has no value, or None, stays empty."""
+        if self.lock:
+            row = {key: format(value, self.columns[key]) for key, value in row.items() if value is not None}
+            try:
+                with open(self.path, 'a', newline='') as f:
+                    csv.DictWriter(f, self.columns).writerow(row)
+            except OSError as error:
+                say(f'iter {row["iter"]}: {self.path} could not be written ({error.strerror})')
+            for write in self.trackers:
+                write({key: float(value) for key, value in row.items()}, int(row['iter']))
+
+    def end(self):
+        if self.lock:
+            self.lock.close()
+            os.remove(self.lock.name)
 
 
 def set_aside(out_dir):
@@ -176,6 +244,16 @@ def load_last(out_dir):
                 0 <= value < 2**53 or value == math.inf and key == 'best_val_loss'):
             fail(f'{path} cannot be resumed from: its {key} is missing or impossible; {other}')
     return loaded, path
+
+
+def best_loss(out_dir, so_far):
+    """The lowest validation loss of a run resumed at so_far: best.pt may be newer than what is resumed."""
+    path = os.path.join(out_dir, 'best.pt')
+    try:
+        return min(so_far, float(read(path)['best_val_loss'])) if os.path.exists(path) else so_far
+    except (Damaged, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        say(f'{path} {error}: the next evaluation replaces it')
+        return math.inf
 
 
 def read(path):
@@ -260,6 +338,58 @@ def open_model(init_from, out_dir, checkpoint, data_dir, **fields):
     model = build_model(loaded, path, **fields)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
     return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs
+
+
+def starting_point(knobs, given, device):
+    """What training begins from: (checkpoint to resume, GPT of Hugging Face, where it is from, its (tokenizer's state,
+    vocab_size, whether that may hold padding)), each None where it is not so, all of them for init_from='scratch'.
+
+    Settles knobs: a run goes on as it was but for what is typed now and what belongs to the machine, and a model trained
+    further keeps its shape, which fails where a knob given says otherwise."""
+    again = runtime.agree([int(runtime.begun())], device)[0]   # torchrun --max-restarts, after a rank has died
+    if again and os.path.exists(os.path.join(knobs['out_dir'], 'last.pt')):
+        knobs['init_from'] = 'resume'
+    if knobs['init_from'] == 'scratch':
+        return None, None, None, None
+    training, resumed, pretrained = {key: knobs[key] for key in TRAINING}, None, None
+    if knobs['init_from'] == 'resume':
+        resumed, path = load_last(knobs['out_dir'])
+        for key, value in resumed['config'].items():
+            if key in knobs and key not in given and key not in MACHINE:
+                knobs[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
+        args, tokenizer = resumed['model_args'], resumed.get('tokenizer')
+    else:
+        path = knobs['init_from']
+        pretrained, tokenizer = from_hub(path, **training,
+                                         block_size=knobs['block_size'] if 'block_size' in given else None)
+        args, tokenizer = asdict(pretrained.config), tokenizer and tokenizer.state()
+    for key in (field.name for field in fields(GPTConfig) if field.name in knobs and field.name not in TRAINING):
+        had = checked(key, args.get(key, knobs[key]), knobs[key], f'{path}: {key}')
+        if had != knobs[key] and key in given:
+            fail(f'{key}={knobs[key]}, but the model in {path} has {key}={had}, and training it further keeps its shape; '
+                 f'type --{key}={had}, or --init_from=scratch and another --out_dir for a new one')
+        knobs[key] = had
+    return resumed, pretrained, path, (tokenizer, args.get('vocab_size'), bool(resumed))
+
+
+def shape(knobs):
+    """The GPTConfig that knobs ask for; fails for one that cannot exist."""
+    try:
+        return GPTConfig(**{field.name: knobs[field.name] for field in fields(GPTConfig) if field.name in knobs})
+    except ValueError as error:
+        fail(error)
+
+
+def check_symbols(data, path, symbols):
+    """Fails for a dataset of other symbols than those that the model from path was trained on, as starting_point gives them."""
+    if symbols is None:
+        return
+    tokenizer, vocab_size, padded = symbols
+    other = tokenizer not in (None, data.tokenizer.state())
+    if other or type(vocab_size) is int and (vocab_size < data.vocab_size or vocab_size > data.vocab_size and not tokenizer
+                                             and not padded):
+        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({vocab_size} and {data.vocab_size} '
+             f'symbols); type --dataset=NAME for one with the same')
 
 
 def find_tokenizer(loaded, path, model, data_dir='data'):

@@ -51,6 +51,23 @@ def configure(knobs, resolve_device=None, argv=None):
     return {k: knobs[k] for k in names}, given
 
 
+def check(knobs, **rules):
+    """Fails for a knob outside its rule: the least that a number may be, (least, most), or a tuple of the words allowed. None
+    is always allowed, where a knob takes it."""
+    for key, rule in rules.items():
+        value = knobs[key]
+        if isinstance(rule, tuple) and isinstance(rule[0], str):
+            good, other = value in rule, next(filter(None, rule))
+            allowed = ', '.join(word or "''" for word in rule)
+        else:
+            least, most = rule if isinstance(rule, tuple) else (rule, 2**63 - 1)
+            good = value is None or type(value) in (int, float) and least <= value <= most
+            other = min(max(least, 1), most)
+            allowed = f'{least} to {most}' if most < 2**63 - 1 else f'{least} or more, below 2^63'
+        if not good:
+            fail(f'{key}={_shown(value)}: allowed are {allowed}; type --{key}={other}')
+
+
 def _words(argv, names):
     """[(None, config file) or (knob, text)] in the order given; None when help is asked for."""
     words, rest = [], list(argv)

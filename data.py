@@ -364,6 +364,26 @@ def _write_split(part, split, chunks, dtype, shard_tokens):
     return dict(info, sha256={name: digest.hexdigest() for name, digest in digests.items()})
 
 
+def read_prompt(start, longest=1 << 24):
+    """The text that a knob `start` stands for: itself, FILE:path, or - for standard input; at most so many characters."""
+    if start == '-' and sys.stdin is None:
+        fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
+    try:
+        if start == '-':
+            text = sys.stdin.read(longest + 1)
+        elif start.startswith('FILE:'):
+            with open(start[5:], encoding='utf-8') as f:
+                text = f.read(longest + 1)
+        else:
+            text = start
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
+    if len(text) > longest:
+        fail(f'--start: a prompt of more than {longest:,} characters, of which a model sees the last few; type '
+             f'--start=FILE:path for a shorter one')
+    return text
+
+
 # ---- reading data --------------------------------------------------------------------------------------------------
 
 class Dataset:
@@ -452,6 +472,14 @@ def find_dataset(name, data_dir='data', needs=('train', 'val'), knob='dataset'):
              f'type --{knob}={"shakespeare_char" if knob == "dataset" else "mine"}')
     folder = os.path.join(data_dir, name)
     return folder, all(_shards(folder, split) for split in needs)
+
+
+def with_split(name, tokenizer, data_dir, split='val'):
+    """The dataset of that name, if its split is there and its tokenizer is this one, else None."""
+    if not name or not find_dataset(name, data_dir, needs=(split,))[1]:
+        return None
+    data = Dataset(name, data_dir)
+    return data if data.tokenizer.state() == tokenizer.state() else None
 
 
 def prepare_missing(name, data_dir, prepare):

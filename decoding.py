@@ -197,3 +197,11 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
             block.attn.attend = attend
     if steps + 1 < max_new_tokens:   # past block_size the window is recomputed
         yield from model.stream(seen, max_new_tokens - steps - 1, *knobs, chance[:, steps + 1:], kv_cache=False)
+
+
+def sample_text(model, data, seed, device):
+    """What a model in training writes after the first token of the validation split, between two lines."""
+    first = torch.tensor(data.split('val')[0][:1].astype('int64'), device=device)[None]           # (1, 1)
+    generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
+    idx = model.generate(first, 200, temperature=0.8, generator=generator)                        # (1, 201)
+    return '-' * 40 + '\n' + data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace') + '\n' + '-' * 40

@@ -91,7 +91,7 @@ for shard in data.split(split):   # the first token of each is given and not pre
         totals += sizes @ np.bincount(shard[first:first + (1 << 24)], minlength=tokenizer.vocab_size)
 tokens, text_bytes, chars = totals.tolist()
 bits = nats * tokens / math.log(2)
-figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=math.exp(min(nats, 700)),
+figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=runtime.perplexity(nats),
                bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1),
                tokens_per_s=tokens / seconds) | lost
 if rank == 0:

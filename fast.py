@@ -168,7 +168,7 @@ def make_optimizers(model, name, learning_rate, muon_learning_rate, weight_decay
     Returns the optimizers, each group with its 'peak' rate, and (parameter, rows, part): what Muon sees as a parameter is a
     part that shares the model's storage, QKV being three, and needs parameter.grad[rows] as its gradient."""
     device = next(model.parameters()).device.type
-    parts = [(p, rows, nn.Parameter(p.detach()[rows])) for _, p, rows in model.muon_matrices()] if name == 'muon' else []
+    parts = [(p, rows, nn.Parameter(p.detach()[rows])) for p, rows in muon_matrices(model)] if name == 'muon' else []
     groups, muons = model.optimizer_groups(weight_decay), {id(p) for p, _, _ in parts}
     for group in groups:
         group['params'] = [p for p in group['params'] if id(p) not in muons]
@@ -180,6 +180,17 @@ def make_optimizers(model, name, learning_rate, muon_learning_rate, weight_decay
         for group in opt.param_groups:
             group['peak'] = peak
     return made, parts
+
+
+def muon_matrices(model):
+    """The blocks' matrices as Muon takes them: (parameter, row slice); QKV is three matrices in one tensor.
+
+    Embeddings and head stay with AdamW (kellerjordan.github.io/posts/muon)."""
+    C = model.config.n_embd
+    for name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2:
+            for start in range(0, p.size(0), C) if name.endswith('c_attn.weight') else (None,):
+                yield p, slice(None) if start is None else slice(start, start + C)
 
 
 def set_rate(opt, share):

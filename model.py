@@ -62,27 +62,24 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, least in dict(block_size=1, vocab_size=1, n_layer=0, n_head=1, n_embd=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be {least} or more; "
-                                 f"type --{name}={getattr(GPTConfig, name)} for GPT-2's")
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}={value}: it must be {least} or more; type --{name}={getattr(GPTConfig, name)}")
         if self.n_embd % self.n_head:
-            nearest = min((n for n in range(1, min(self.n_embd, 1000) + 1) if self.n_embd % n == 0),
-                          key=lambda n: abs(n - self.n_head))
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal "
-                             f"share of the width; type --n_head={nearest}, or another n_embd")
+            equal = [n for n in range(1, min(self.n_embd, 1000) + 1) if self.n_embd % n == 0]
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal share "
+                             f"of the width; type --n_head={min(equal, key=lambda n: abs(n - self.n_head))}")
         for name, allowed in dict(pos=('learned', 'rope', 'none'), norm=('pre', 'post', 'none'),
                                   activation=tuple(ACTIVATIONS)).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}; "
-                                 f"type --{name}={allowed[0]} for GPT-2's")
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}; type --{name}={allowed[0]}")
         for name in ('dropout', 'label_smoothing', 'layer_drop'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and below 1; type --{name}=0")
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}: it must be at least 0 and below 1; type --{name}=0")
         if self.layer_drop and not self.residual:
             raise ValueError("layer_drop skips a residual branch and residual=False has none; type --layer_drop=0")
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
             raise ValueError(f"pos='rope' turns pairs of numbers and the head size n_embd/n_head = "
-                             f"{self.n_embd // self.n_head} is odd; type --pos=learned, or an even head size")
+                             f"{self.n_embd // self.n_head} is odd, not even; type --pos=learned")
 
 
 # ---- attention, twice: as the formula reads, and fused -------------------------------------------------------------
@@ -264,19 +261,16 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx, cache)[:, -1])[:, :self.drawable].float()
 
     def check_prompt(self, idx):
-        """Raises ValueError for what is no prompt."""
         if idx.dim() != 2 or not idx.numel():
-            raise ValueError(f"an empty prompt, of shape {tuple(idx.shape)}: idx is (B, T) and needs at least one token, such "
-                             f"as the end-of-text token or a newline")
+            raise ValueError(f"an empty prompt, of shape {tuple(idx.shape)}: idx is (B, T) with one token or more")
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise ValueError(f"idx holds {int(idx.min())} to {int(idx.max())}: tokens are 0 to {self.config.vocab_size - 1}")
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                chance=None, kv_cache=True):
-        """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate, and
-        chance: numbers from [0, 1) that decide the draws, (B, max_new_tokens); not needed at temperature 0. With one row of idx
-        and several of chance the prompt is read once for all of them."""
+        """Yield max_new_tokens times the next token of every row, (B, 1). Arguments as in generate; chance (B, max_new_tokens),
+        numbers from [0, 1), decides the draws above temperature 0. One row of idx, read once, serves several of chance."""
         self.check_prompt(idx)
         check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         block_size, rows = self.config.block_size, idx.size(0) if chance is None else chance.size(0)
@@ -340,8 +334,7 @@ class GPT(nn.Module):
             raise ValueError('; '.join(wrong[:4]) + f'; and {len(wrong) - 4} more' * (len(wrong) > 4))
         if not all(p.is_floating_point() and p.isfinite().all() for p in weights.values()):
             raise ValueError('some of the weights are not finite numbers')
-        weights = {name: p.float() for name, p in weights.items()}
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict({name: p.float() for name, p in weights.items()}, assign=True)
         if config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         return model
@@ -356,12 +349,9 @@ class GPT(nn.Module):
         folder = fetch_pretrained(name)
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf = json.load(f)
-        if not isinstance(hf, dict) or hf.get('model_type') != 'gpt2':
-            raise ValueError(f'{name} is no GPT-2: its config.json says model_type='
-                             f'{hf.get("model_type") if isinstance(hf, dict) else None!r}')
-        hf = {**{theirs: default for theirs, (_, default) in HF_FIELDS.items()}, **HF_FIXED, 'activation_function': 'gelu_new',
-              'resid_pdrop': 0.1, **hf}
-        other = [key for key, value in HF_FIXED.items() if hf[key] != value]
+        hf = {'model_type': None, **{theirs: default for theirs, (_, default) in HF_FIELDS.items()}, **HF_FIXED,
+              'activation_function': 'gelu_new', 'resid_pdrop': 0.1, **(hf if isinstance(hf, dict) else {})}
+        other = [key for key, value in {'model_type': 'gpt2', **HF_FIXED}.items() if hf[key] != value]
         other += [key for key, (_, default) in HF_FIELDS.items() if type(hf[key]) is not type(default)]
         other += ['n_inner'] * (not other and hf.get('n_inner') not in (None, 4 * hf['n_embd']))
         other += ['activation_function'] * (hf['activation_function'] not in tuple(HF_ACTIVATIONS))
@@ -382,16 +372,11 @@ class GPT(nn.Module):
             raise ValueError(f"{name} has no model.safetensors; transformers' save_pretrained writes one")
         # GPT-2's own files have no prefix, and hold the causal masks
         weights = {key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}': p
-                   for key, p in weights.items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
-        weights = {key: p.T.contiguous() if key.endswith(HF_TRANSPOSED) and p.dim() == 2 else p
-                   for key, p in weights.items()}
+                   for key, p in transposed(weights).items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
         if 'transformer.wpe.weight' in weights:
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:fields['block_size']].clone()
-        try:
-            return cls.with_weights(GPTConfig(**fields, activation=HF_ACTIVATIONS[hf['activation_function']],
-                                              dropout=hf['resid_pdrop'] if dropout is None else dropout, **training), weights)
-        except ValueError as error:
-            raise ValueError(f'{name}: {error}') from error
+        return cls.with_weights(GPTConfig(**fields, activation=HF_ACTIVATIONS[hf['activation_function']],
+                                          dropout=hf['resid_pdrop'] if dropout is None else dropout, **training), weights)
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors and generation_config.json as transformers reads them.
@@ -410,17 +395,16 @@ class GPT(nn.Module):
             bias = name.removesuffix('weight') + 'bias'
             if name.startswith(('transformer.h.', 'transformer.ln_f.')) and name.endswith('weight') and bias not in weights:
                 weights[bias] = torch.zeros(p.size(0))
-            weights[name] = (p.T if name.endswith(HF_TRANSPOSED) else p).contiguous()
         end = 50256 if c.vocab_size > 50256 else None   # <|endoftext|>, where there is one
         hf = {theirs: getattr(c, ours) for theirs, (ours, _) in HF_FIELDS.items()} | HF_FIXED
-        hf |= dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], bos_token_id=end, eos_token_id=end, dtype='float32',
+        ends = dict(bos_token_id=end, eos_token_id=end)
+        hf |= dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], **ends, dtype='float32',
                    activation_function=next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == c.activation),
                    resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
-        generation = dict(bos_token_id=end, eos_token_id=end)
-        if self.drawable < c.vocab_size:
-            generation['suppress_tokens'] = list(range(self.drawable, c.vocab_size))   # padding, that no tokenizer knows
+        padding = list(range(self.drawable, c.vocab_size))   # that no tokenizer knows
+        generation = ends | (dict(suppress_tokens=padding) if padding else {})
         os.makedirs(folder, exist_ok=True)
-        save_file(weights, os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))
+        save_file(transposed(weights), os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))
         for name, content in (('generation_config', generation), ('config', hf)):
             with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=1)
@@ -444,15 +428,10 @@ class GPT(nn.Module):
         return [dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)]
 
-    def muon_matrices(self):
-        """The blocks' matrices as Muon takes them: (name, parameter, row slice); QKV is three matrices in one tensor.
 
-        Embeddings and head stay with AdamW (kellerjordan.github.io/posts/muon)."""
-        C = self.config.n_embd
-        for name, p in self.transformer.h.named_parameters():
-            if p.dim() == 2:
-                for start in range(0, p.size(0), C) if name.endswith('c_attn.weight') else (None,):
-                    yield name, p, slice(None) if start is None else slice(start, start + C)
+def transposed(weights):
+    """A state dict with the matrices turned that Hugging Face's Conv1D keeps as (in, out): there and back."""
+    return {name: (p.T if name.endswith(HF_TRANSPOSED) and p.dim() == 2 else p).contiguous() for name, p in weights.items()}
 
 
 def fetch_pretrained(name):
@@ -465,14 +444,14 @@ def fetch_pretrained(name):
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty):
     """Raises ValueError for a value that means nothing."""
-    for name, value, good, allowed, other in (
-            ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more', 500),
-            ('temperature', temperature, temperature >= 0, '0 or more', 0.8),
-            ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or a whole number from 1', None),
-            ('top_p', top_p, top_p is None or isinstance(top_p, (int, float)) and 0 < top_p <= 1, 'None or in (0, 1]', None),
-            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0', 1.0)):
+    for name, value, good, allowed in (
+            ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more; type --max_new_tokens=500'),
+            ('temperature', temperature, temperature >= 0, '0 or more; type --temperature=0.8'),
+            ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or 1 or more; type --top_k=20'),
+            ('top_p', top_p, top_p is None or type(top_p) in (int, float) and 0 < top_p <= 1, 'in (0, 1]; type --top_p=0.9'),
+            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0; type --repetition_penalty=1.0')):
         if not good:
-            raise ValueError(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
+            raise ValueError(f'{name}={value!r}: allowed is {allowed}')
 
 
 def penalized(logits, idx, repetition_penalty):

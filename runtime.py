@@ -34,11 +34,25 @@ def say(*words):
         print(*words, file=sys.stderr, flush=True)
 
 
+def write(text):
+    """What a command is for, to stdout at once; bytes that are no UTF-8 as they came."""
+    try:
+        sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
+        sys.stdout.buffer.flush()
+    except (OSError, AttributeError) as error:   # a full disk; None where it is closed
+        sys.stdout = None   # else Python tries once more at its end
+        fail(f'stdout cannot be written ({error}); type > FILE, on a disk with room')
+
+
 def clock(seconds):
     """3725 -> '1h 02m'; to be read, not computed with."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours:,}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s'
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))   # above that it is no longer a float
 
 
 def check_json(path):
@@ -81,6 +95,21 @@ def check_memory(parameters, tokens):
                                (f'a micro-batch of {tokens:,} tokens', 32 * tokens, 'a smaller --batch_size or --block_size')):
         if need > have:
             fail(f'{what} need {need / 2**30:,.0f} GiB at the least and this machine has {have / 2**30:,.0f}; type {remedy}')
+
+
+@contextlib.contextmanager
+def memory(batch_size, gradient_accumulation_steps, block_size, device):
+    """Fails where what is in it runs out of memory, with the settings that do the same with less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        fewer = next((b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0), 0)
+        more = gradient_accumulation_steps * batch_size // max(fewer, 1)
+        fail(f'out of memory at batch_size={batch_size}, block_size={block_size} on {device}; ' + (
+            f'for the same tokens per step in less: type --batch_size={fewer} --gradient_accumulation_steps={more}' if fewer
+            else 'type --grad_checkpointing, or a smaller --block_size or --n_embd'))
 
 
 def find_dtype(name, device):
@@ -153,6 +182,26 @@ def autocast(device, dtype):
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))
+
+
+def trackers(knobs):
+    """Functions of (row, step) that send a logged row to where the knobs say; their packages are optional."""
+    found = []
+    if knobs['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            fail('wandb_log needs the package wandb; type pip install wandb, or --wandb_log=False')
+        wandb.init(project=knobs['wandb_project'], name=knobs['wandb_run_name'], config=knobs)
+        found.append(lambda row, step: wandb.log(row, step=step))
+    if knobs['tensorboard_log']:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
+        board = SummaryWriter(os.path.join(knobs['out_dir'], 'tensorboard'))
+        found.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
+    return found
 
 
 def peak_flops(device):
@@ -299,6 +348,19 @@ def whole(tree):
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     return [whole(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def load_optimizers(optimizers, scaler, loaded, path):
+    """Give optimizers and fp16's scaler the states of the checkpoint in path; fails where they are of others."""
+    states = loaded['optimizer'] if isinstance(loaded['optimizer'], list) else [loaded['optimizer']]   # nanoGPT's is one
+    try:
+        for opt, state in zip(optimizers, states, strict=True):
+            load_optimizer(opt, state)
+        if scaler.is_enabled():
+            scaler.load_state_dict(loaded.get('scaler') or {})
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        now, other = ('muon', 'adamw') if len(optimizers) > 1 else ('adamw', 'muon')
+        fail(f'{path}: its optimizer state is not of optimizer={now} ({error}); type --optimizer={other}')
 
 
 def load_optimizer(opt, state):

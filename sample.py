@@ -11,15 +11,14 @@ Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdo
 import codecs
 import functools
 import signal
-import sys
 
 import torch
 
 import checkpoint as checkpoints
 import decoding
 import runtime
-from configurator import configure, fail
-from data import Dataset, find_dataset
+from configurator import check, configure, fail
+from data import read_prompt, with_split
 from model import chances, check_sampling
 from runtime import say
 
@@ -41,10 +40,11 @@ device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for the matrices; float32: the same text for any num_samples
 quantize = ''            # 'int8': a byte a weight, with one scale a row: faster, at a loss that is measured and shown
 compile = 'auto'         # torch.compile for the steps of one token; 'auto': when max_new_tokens pays for its seconds
-configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device)
 for number in (signal.SIGINT, getattr(signal, 'SIGPIPE', signal.SIGINT)):
     signal.signal(number, signal.SIG_DFL)   # Ctrl-C, or a reader such as head that has seen enough, just ends it
 
+check(knobs, num_samples=1, quantize=('', 'int8'), seed=0)
 try:
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
 except ValueError as error:
@@ -52,32 +52,11 @@ except ValueError as error:
 if num_samples * max(1, max_new_tokens) > 1 << 24:
     fail(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} are more than {1 << 24:,} tokens; type '
          f'--max_new_tokens=500, or fewer --num_samples')
-for name, value, good, allowed, other in (('num_samples', num_samples, num_samples >= 1, '1 or more', 1),
-                                          ('quantize', quantize, quantize in ('', 'int8'), "'' or int8", 'int8'),
-                                          ('seed', seed, 0 <= seed < 2**63, '0 or more', 1337)):
-    if not good:
-        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
 
-model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 block_size = model.config.block_size
 
-LONGEST = 1 << 24   # characters of a prompt
-if start == '-' and sys.stdin is None:
-    fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
-try:
-    if start == '-':
-        prompt = sys.stdin.read(LONGEST + 1)
-    elif start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8') as f:
-            prompt = f.read(LONGEST + 1)
-    else:
-        prompt = start
-except (OSError, UnicodeDecodeError) as error:
-    fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
-if len(prompt) > LONGEST:
-    fail(f'--start: a prompt of more than {LONGEST:,} characters; the model sees {block_size:,} tokens of it; '
-         f'type --start=FILE:path for a shorter one')
-
+prompt = read_prompt(start)
 ids = tokenizer.encode(prompt or tokenizer.opening)
 idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
 
@@ -85,10 +64,8 @@ dtype, parameters = runtime.find_dtype(dtype, device), model.num_params()
 pays = decoding.compiling_pays(model, device, dtype, quantize, min(max_new_tokens, block_size - len(ids)), num_samples)
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
 model.to(device).eval()
-trained_on, data = str(knobs.get('dataset', '')), None
-if quantize and trained_on and find_dataset(trained_on, data_dir, needs=('val',))[1]:
-    data = Dataset(trained_on, data_dir)
-if data and data.tokenizer.state() == tokenizer.state():
+trained_on = str(its_knobs.get('dataset', ''))
+if data := with_split(trained_on, tokenizer, data_dir) if quantize else None:
     exact, lossy = decoding.quantize_and_compare(model, dtype, data, device)
     say(f'int8: {lossy:.4f} nats a token on a sample of the validation split of {trained_on}, {exact:.4f} in float32')
 else:
@@ -105,16 +82,6 @@ if beyond > 0:
     say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size:,}: the window moves with each of them and '
         f'is read anew, which is slow')
 
-
-def write(text):
-    try:
-        sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
-        sys.stdout.buffer.flush()
-    except (OSError, AttributeError) as error:   # a full disk; None where it is closed
-        sys.stdout = None   # else Python tries once more at its end
-        fail(f'stdout cannot be written ({error}); type > FILE, on a disk with room')
-
-
 heads = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
 decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in heads]   # hold a character back until it is whole
 held = [''] * num_samples      # of each text what may be the beginning of `stop`
@@ -124,10 +91,8 @@ ended = [False] * num_samples
 
 def add(i, text):
     """Show more of text i: the first one as it is written, the others after it."""
-    if i == 0:
-        write(text)
-    else:
-        later[i] += text
+    runtime.write(text if i == 0 else '')
+    later[i] += text
 
 
 add(0, heads[0])
@@ -148,4 +113,4 @@ with runtime.autocast(device, 'float32' if device == 'cpu' else dtype):   # a na
             break
 for i in range(num_samples):
     add(i, held[i] + '\n')   # a character that max_new_tokens cut in two is left out
-write(''.join(later[1:]))
+runtime.write(''.join(later[1:]))

@@ -8,14 +8,11 @@ Train a GPT: one straight story from knobs to a finished model.
 
 Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
 """
-import csv
-import json
 import math
 import os
-import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -24,13 +21,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import decoding
 import fast
 import plots
 import runtime
-from configurator import checked, configure, fail
+from configurator import check, configure, fail
 from data import Dataset, TrainingWindows, evaluation_batches, prepare_missing
-from model import GPT, GPTConfig
-from runtime import say
+from model import GPT
+from runtime import perplexity, say
 
 # ---- knobs ---------------------------------------------------------------------------------------------------------
 # the run
@@ -103,53 +101,19 @@ signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
-resumed, pretrained, its_tokenizer, last_path = None, None, None, os.path.join(out_dir, 'last.pt')
-if runtime.agree([int(runtime.begun())], device)[0] and os.path.exists(last_path):
-    init_from = 'resume'   # torchrun --max-restarts starts the same command again after a rank has died
-if init_from == 'resume':
-    resumed, path = checkpoint.load_last(out_dir)
-    # the run goes on as it was; what is typed now wins, and what belongs to the machine is found anew
-    machine = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')   # and no file names a command to run
-    for key, value in resumed['config'].items():
-        if key in knobs and key not in given and key not in machine:
-            knobs[key] = globals()[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
-
-lowest = dict(eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
-              seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0,
-              weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0)
-for key, least in lowest.items():
-    if not least <= knobs[key] < 2**63:
-        fail(f'{key}={knobs[key]}: it must be {least} or more, and below 2^63; type --{key}={max(least, 1)}')
+resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given, device)
+globals().update({**knobs, 'device': device})   # of the run that goes on, or of the model that is trained further
+check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
+      seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, weight_decay=0,
+      beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0, cooldown=(0, 1),
+      lr_decay_iters=0, optimizer=('adamw', 'muon'))
 if not (beta1 < 1 and beta2 < 1):
     fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
-if not 0 <= cooldown <= 1:
-    fail(f'cooldown={cooldown}: it is a share of the steps, 0 to 1; type --cooldown=0.8')
 if cooldown and not decay_lr:
     fail(f'cooldown={cooldown} lets the rate fall and decay_lr=False keeps it; type --cooldown=0, or --decay_lr=True')
-if lr_decay_iters is not None and (type(lr_decay_iters) is not int or lr_decay_iters < 0):
-    fail(f'lr_decay_iters={lr_decay_iters!r}: it must be None or a whole number, 0 or more; type --lr_decay_iters={max_iters}')
-if optimizer not in ('adamw', 'muon'):
-    fail(f'optimizer={optimizer!r}: allowed are adamw, muon; type --optimizer=adamw')
 if shard and optimizer == 'muon':
     fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; type --optimizer=adamw')
-shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'qkv_bias', 'tie_weights', 'pos', 'norm', 'residual', 'qk_norm',
-         'activation', 'zero_init')
-training = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')
-if init_from not in ('scratch', 'resume'):
-    pretrained, its_tokenizer = checkpoint.from_hub(init_from, block_size=block_size if 'block_size' in given else None,
-                                                    **{key: knobs[key] for key in training})
-if resumed or pretrained:
-    args, path = (resumed['model_args'], path) if resumed else (asdict(pretrained.config), init_from)
-    for key in shape:
-        had = checked(key, args.get(key, knobs[key]), knobs[key], f'{path}: {key}')
-        if had != knobs[key] and key in given:
-            fail(f'{key}={knobs[key]}, but the model in {path} has {key}={had}, and training it further keeps its shape; '
-                 f'type --{key}={had}, or --init_from=scratch and another --out_dir for a new one')
-        knobs[key] = globals()[key] = had
-try:
-    GPTConfig(**{key: knobs[key] for key in shape + training})
-except ValueError as error:
-    fail(error)
+config = checkpoint.shape(knobs)
 runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
 if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
@@ -165,12 +129,7 @@ if ranks > 1:
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-if resumed or pretrained:
-    expected, had = resumed.get('tokenizer') if resumed else its_tokenizer and its_tokenizer.state(), args.get('vocab_size')
-    if expected not in (None, data.tokenizer.state()) or type(had) is int and (
-            had < data.vocab_size or pretrained and not expected and had != data.vocab_size):
-        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({had} and {data.vocab_size} symbols); '
-             f'type --dataset=NAME for one with the same')
+checkpoint.check_symbols(data, path, its_symbols)
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
 
@@ -180,18 +139,16 @@ checkpoint.open_folder(out_dir, rank)
 # ---- model and optimizers ------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 if resumed:
-    model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in training})
+    model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in checkpoint.TRAINING})
     if resumed['iter_num'] > max_iters:
         say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
 elif not (model := pretrained):
-    vocab_size = data.vocab_size   # of a large one a multiple of 64: the head's products are up to 1.25 times as fast
-    model = GPT(GPTConfig(vocab_size=vocab_size if vocab_size < 4096 else -(-vocab_size // 64) * 64,
-                          **{key: knobs[key] for key in shape + training}))
+    V = data.vocab_size   # of a large one a multiple of 64: the head's products are up to 1.25 times as fast
+    model = GPT(replace(config, vocab_size=V if V < 4096 else -(-V // 64) * 64))
 model.drawable = data.vocab_size
 parameters, flops_per_token = model.num_params(), model.flops_per_token()
 model.to(device)
-shard = shard and ranks > 1
-if shard:
+if shard := shard and ranks > 1:
     runtime.shard(model, ranks, device)
 
 fast.speed_up(model)
@@ -200,29 +157,15 @@ scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float1
 
 step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
 if resumed:
-    step, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
-    seconds, skipped = resumed['seconds'], resumed['skipped']
-    if os.path.exists(best := os.path.join(out_dir, 'best.pt')):   # it may be newer than what is resumed
-        try:
-            best_val_loss = min(best_val_loss, float(checkpoint.read(best)['best_val_loss']))
-        except (checkpoint.Damaged, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            say(f'{best} {error}: the next evaluation replaces it')
-            best_val_loss = math.inf
-    states = resumed['optimizer'] if isinstance(resumed['optimizer'], list) else [resumed['optimizer']]
-    other = 'adamw' if optimizer == 'muon' else 'muon'
-    try:
-        for opt, state in zip(optimizers, states, strict=True):
-            runtime.load_optimizer(opt, state)
-        scaler.load_state_dict(resumed.get('scaler') or {}) if scaler.is_enabled() else None
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        fail(f'{path}: its optimizer state is not of optimizer={optimizer} ({error}); type --optimizer={other}')
+    step, seconds, skipped = (resumed[key] for key in ('iter_num', 'seconds', 'skipped'))
+    best_val_loss = checkpoint.best_loss(out_dir, float(resumed['best_val_loss']))
+    runtime.load_optimizers(optimizers, scaler, resumed, path)
     resumed = None   # its tensors would sit in memory twice
     say(f'resumed from {path} at iter {step}')
 
 compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
-trained = compiled
-if ranks > 1 and not shard:
-    trained = DistributedDataParallel(compiled, device_ids=[device] if device.startswith('cuda') else None)
+gpus = [device] if device.startswith('cuda') else None
+trained = DistributedDataParallel(compiled, device_ids=gpus) if ranks > 1 and not shard else compiled
 
 
 def load(first):
@@ -239,15 +182,11 @@ def micro_step(x, y, sync=True):
         model.set_requires_gradient_sync(sync)
     elif ranks > 1:
         trained.require_backward_grad_sync = sync
-    try:
+    with runtime.memory(batch_size, gradient_accumulation_steps, block_size, device):
         with runtime.autocast(device, dtype):
             _, loss = trained(x, y)
         with torch.autocast(device.partition(':')[0], enabled=False):
             scaler.scale(loss / micro_steps).backward()
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            out_of_memory()
-        raise
     return loss.detach()
 
 
@@ -273,15 +212,6 @@ def update(batches):
     return loss, grad_norm
 
 
-def out_of_memory():
-    """Name the settings that do the same with less memory."""
-    fewer = next((b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0), 0)
-    more = gradient_accumulation_steps * batch_size // max(fewer, 1)
-    fail(f'out of memory at batch_size={batch_size}, block_size={block_size} on {device}; ' + (
-        f'for the same tokens per step in less: type --batch_size={fewer} --gradient_accumulation_steps={more}' if fewer else
-        'type --grad_checkpointing, or a smaller --block_size or --n_embd'))
-
-
 def schedule(step):
     """Share of the peak rate: linear warm-up, cosine decay (or none, and then a linear one), then min_lr."""
     if not decay_lr:
@@ -298,10 +228,6 @@ def schedule(step):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def perplexity(loss):
-    return math.exp(min(loss, 700))   # above that it is no longer a float
-
-
 def evaluate(batches):
     """Validation loss in nats per token over a fixed sample of batches, or over the whole split for None."""
     pairs = evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks)
@@ -311,22 +237,12 @@ def evaluate(batches):
 def save(name):
     """Write a checkpoint into out_dir, from rank 0; returns whether that worked. A full disk costs this save, not the run."""
     look()
-    weights, states = model.state_dict(), [opt.state_dict() for opt in optimizers]
-    if shard:
-        weights, states = runtime.whole(weights), runtime.whole(states)
-    path, previous = os.path.join(out_dir, name), os.path.join(out_dir, 'last.previous.pt') if name == 'last.pt' else None
-    try:
-        if rank == 0:
-            checkpoint.save(path, dict(
-                format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
-                scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds,
-                skipped=skipped, config=knobs, rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()
-                                                        if device.startswith('cuda') else [])), previous)
-        return True
-    except OSError as error:
-        say(f'iter {step}: {path} could not be written ({error.strerror})'
-            + '; the older checkpoint is as it was' * os.path.exists(path))
-        return False
+    weights, states = runtime.whole(model.state_dict()), runtime.whole([opt.state_dict() for opt in optimizers])
+    return rank != 0 or checkpoint.keep(os.path.join(out_dir, name), dict(
+        format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
+        scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds,
+        skipped=skipped, config=knobs, rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()
+                                                if device.startswith('cuda') else [])))
 
 
 def look():
@@ -344,27 +260,6 @@ def stop_not_finite(step, what):
          f'--warmup_iters, or --dtype=float32')
 
 
-def log_row(**row):
-    """Append one row to log.csv, from rank 0 alone; a column that has no value stays empty."""
-    if rank == 0:
-        try:
-            with open(log_path, 'a', newline='') as f:
-                csv.DictWriter(f, columns).writerow(row)
-        except OSError as error:
-            say(f'iter {step}: {log_path} could not be written ({error.strerror})')
-        for write in trackers:
-            write({key: value for key, value in row.items() if value != ''}, row['iter'])
-
-
-def print_sample():
-    """Show what the model writes now, after the first token of the validation split."""
-    first = torch.tensor(data.split('val')[0][:1].astype(np.int64), device=device)[None]           # (1, 1)
-    generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
-    with runtime.autocast(device, dtype):
-        idx = model.generate(first, 200, temperature=0.8, generator=generator)   # on all ranks: shards need each other
-    say('-' * 40 + '\n' + data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace') + '\n' + '-' * 40)
-
-
 # ---- before the first step: what is about to happen ----------------------------------------------------------------
 micro_steps = gradient_accumulation_steps // ranks   # of this rank
 sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
@@ -375,42 +270,11 @@ say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accu
     f'({micro_steps} each on {ranks} ranks) = {tokens_per_step:,}')
 say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.4f} at the start')
 
-columns = ('iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds')
-log_path = os.path.join(out_dir, 'log.csv')
-trackers = []   # functions of (row, step) that send a logged row elsewhere; their packages are optional
+log, last_path = checkpoint.RunLog(out_dir), os.path.join(out_dir, 'last.pt')
 if rank == 0 and not eval_only:
-    if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            fail('wandb_log needs the package wandb; type pip install wandb, or --wandb_log=False')
-        wandb.init(project=wandb_project, name=wandb_run_name, config=knobs)
-        trackers.append(lambda row, step: wandb.log(row, step=step))
-    if tensorboard_log:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
-        board = SummaryWriter(os.path.join(out_dir, 'tensorboard'))
-        trackers.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
-    try:
-        lock = runtime.lock(out_dir)   # as long as this process lives
-        if init_from != 'resume':
-            checkpoint.set_aside(out_dir)
-        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-            versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-            resolved = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
-            json.dump({**knobs, **resolved, 'versions': versions, 'machine': platform.platform()}, f, indent=1)
-        with open(log_path + '.part', 'w', newline='') as f:
-            writer = csv.DictWriter(f, columns, extrasaction='ignore')
-            writer.writeheader()
-            if init_from == 'resume':   # which writes the rows from its checkpoint on anew
-                writer.writerows(row for row in plots.read_log(log_path) if int(row['iter']) < step)
-        os.replace(log_path + '.part', log_path)
-        runtime.begun(mark=True)
-    except OSError as error:
-        fail(f'{out_dir} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
-
+    facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
+    log.begin(step if init_from == 'resume' else None, knobs, facts)
+    runtime.begun(mark=True)
 if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
@@ -433,9 +297,8 @@ elif cuda_graph:
 # ---- the loop ------------------------------------------------------------------------------------------------------
 model.train()
 peak = runtime.peak_flops(device)
-logged_step, logged_seconds, saved = step, seconds, True
+logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
 unseen = []   # step, loss and gradient norm of the steps since the last look
-saved_at = time.monotonic()
 while True:
     val_loss, last = None, step >= max_iters
     if step % eval_interval == 0 or last:
@@ -462,11 +325,12 @@ while True:
         if improved or last or always_save_checkpoint:
             saved, saved_at = save('last.pt'), time.monotonic()
     if sample_interval and (last or step and step % sample_interval == 0) and (rank == 0 or shard):
-        print_sample()
+        with runtime.autocast(device, dtype):   # on all ranks of a sharded model, which need each other
+            say(decoding.sample_text(model, data, seed, device))
     if last:
-        log_row(iter=step, tokens=step * tokens_per_step, val_loss=f'{val_loss:.6f}', seconds=f'{seconds:.3f}')
+        log.row(iter=step, tokens=step * tokens_per_step, val_loss=val_loss, seconds=seconds)
     if val_loss is not None and rank == 0:
-        plots.losses(log_path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
+        plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
     due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
                                 bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
     caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)], device)
@@ -497,18 +361,15 @@ while True:
         tok_per_s = steps * tokens_per_step / spent
         mfu = f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}' if peak else ''
         mfu += f' | skipped {skipped}, loss scale {scaler.get_scale():g}' if scaler.is_enabled() else ''
+        left = runtime.clock((max_iters - step - 1) * spent / steps)
         say(f'iter {step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate * learning_rate:.2e} | '
-            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | '
-            f'{runtime.clock((max_iters - step - 1) * spent / steps)} left')
-        log_row(iter=step, tokens=step * tokens_per_step, train_loss=f'{loss:.6f}', val_loss='' if val_loss is None else
-                f'{val_loss:.6f}', lr=f'{rate * learning_rate:.6g}', grad_norm=f'{grad_norm:.6g}', tok_per_s=f'{tok_per_s:.0f}',
-                seconds=f'{seconds:.3f}')
+            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | {left} left')
+        log.row(iter=step, tokens=step * tokens_per_step, train_loss=loss, val_loss=val_loss, lr=rate * learning_rate,
+                grad_norm=float(grad_norm), tok_per_s=tok_per_s, seconds=seconds)
         logged_step, logged_seconds = step + 1, seconds
     step += 1
 
-if rank == 0:
-    lock.close()
-    os.remove(lock.name)
+log.end()
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
         f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
