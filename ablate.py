@@ -31,7 +31,7 @@ from scipy import stats
 
 import plots
 import runtime
-from configurator import configure, fail
+from configurator import check, configure, fail
 from data import PREPARE, Dataset, find_dataset, token_sizes
 from runtime import say
 
@@ -46,7 +46,7 @@ data_dir = 'data'     # where datasets live
 device = 'auto'       # 'cpu', 'cuda' (all of them), 'cuda:1', 'mps'
 if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
     sys.argv[1] = f'--study={sys.argv[1]}'
-configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device)
 
 # ---- the setting: what all runs share --------------------------------------------------------------------------------
 SETTING = dict(
@@ -105,10 +105,9 @@ if study == 'list':
     sys.exit()
 if study not in STUDIES:
     fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; type python ablate.py heads')
-if seeds < 1:
-    fail(f'seeds={seeds}: it must be 1 or more; type --seeds=3')
+check(knobs, seeds=1)
 baseline, its = STUDIES[study]
-chosen = [part.strip() for part in variants.split(',')] if variants else list(its)
+chosen = [] if report else [part.strip() for part in variants.split(',')] if variants else list(its)
 for part in chosen:
     if part not in its:
         fail(f'variants={part!r}: {study} has {", ".join(its)}; type --variants="{baseline}"')
@@ -131,7 +130,7 @@ def flags_of(name):
 
 # ---- data and what is there already ------------------------------------------------------------------------------------
 opened = {}   # dataset: (Dataset, a hash of its tokens, bytes a token of the validation split)
-for name in chosen * (not report):
+for name in chosen:
     dataset = flags_of(name)['dataset']
     if dataset not in opened:
         folder, ready = find_dataset(dataset, data_dir)
@@ -158,12 +157,11 @@ def read(file):
         fail(f'{file} is not a study\'s results ({type(error).__name__}: {error}); type --results=FOLDER for another place')
 
 
-found, file = None, path + '.json'
-if os.path.exists(file):
-    found = read(file)
-elif report:
+file = path + '.json'
+if report and not os.path.exists(file):
     fail(f'{file} is not there; run it first: python ablate.py {study}' + ' --full' * full)
-if found and not report:
+found = read(file) if os.path.exists(file) else dict(runs=[])
+if not report:
     for run in found['runs']:
         name, had = run['variant'], run['flags'] | dict(data=run['data'])
         now = flags_of(name) if name in own else {}
@@ -172,10 +170,9 @@ if found and not report:
             key = next(key for key in {**had, **now} if had.get(key) != now.get(key))
             fail(f'{file} has runs of {name!r} with {key}={had.get(key)}, which is now {now.get(key)}, and the two are not '
                  f'mixed; type --results=FOLDER for another place')
-elsewhere = [run for other in sorted(glob.glob(os.path.join(results, '*.json'))) if other != file
-             for run in (read(other)['runs'] if not report else []) if run['status'] == 'done']
-if not report:
-    found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=own, runs=found['runs'] if found else [])
+    elsewhere = [run for other in sorted(glob.glob(os.path.join(results, '*.json'))) if other != file
+                 for run in read(other)['runs'] if run['status'] == 'done']   # whose equal runs need not be run again
+    found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=own, runs=found['runs'])
 
 
 def write(file, text):

@@ -39,7 +39,7 @@ out_dir = 'out'          # folder of the run; the pictures go into its folder an
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
 data_dir = 'data'        # where datasets live
 dataset = ''             # whose validation split to use; empty: the one the run was trained on
-start = ''               # the text, FILE:path, or VAL:1000 for the validation split from its token 1,000 on; '': VAL:0
+start = ''               # the text, FILE:path, - (standard input), or VAL:1000: the validation split from its token 1,000 on
 tokens = 256             # of the text, at most
 layer = 0                # head.png shows this layer's
 head = 0                 # head
@@ -193,7 +193,7 @@ similar = None
 if config.pos == 'learned':
     wpe = torch.nn.functional.normalize(model.transformer.wpe.weight.detach().cpu(), dim=1)
     every = wpe[::max(1, len(wpe) // 128)]
-    similar = every @ every.T                                                                     # (≤ 128+, ≤ 128+)
+    similar = every @ every.T                                                                     # (n, n), n < 256
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

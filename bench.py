@@ -30,7 +30,7 @@ import checkpoint
 import decoding
 import plots
 import runtime
-from configurator import configure, fail
+from configurator import check, configure, fail
 from model import GPT, GPTConfig, chances
 
 what = 'sample'          # the benchmark, 'sample' or 'train'; may be typed first, without --what=
@@ -54,7 +54,7 @@ dtype = 'auto'           # some of float32,bfloat16 and sample's int8 or, on a G
 compile = 'auto'         # compile our steps, as train.py or sample.py would
 if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
     sys.argv[1] = f'--what={sys.argv[1]}'
-configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; measured processes end with it
 
 NETS = {'124M': {}, '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
@@ -87,9 +87,7 @@ for part in peers:
                                        and part[8:]):
         fail(f'peer={part!r}: allowed are transformers, and nanogpt:PATH with the folder of nanoGPT\'s model.py; type '
              f'--peer=transformers')
-for part, value, least in (('tokens', tokens, 2), ('runs', runs, 1), ('seed', seed, 0)):
-    if value < least:
-        fail(f'{part}={value}: it must be {least} or more; type --{part}={least + 2}')
+check(knobs, tokens=2, runs=1, seed=0)
 runtime.check_json(json)
 
 

@@ -34,8 +34,8 @@ from runtime import say
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
 TRAINING = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')   # what a finished model is without
-MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')   # no run is resumed with these of another;
-#                                                                                   and no file names a command to be run
+# what a resumed run does not take over: it is of the machine and of the command typed; and no file names a command to run
+MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')
 OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
 

@@ -372,15 +372,15 @@ def read_prompt(start, longest=1 << 24):
         if start == '-':
             text = sys.stdin.read(longest + 1)
         elif start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8') as f:
+            with open(start[5:], encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
                 text = f.read(longest + 1)
         else:
             text = start
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
-        fail(f'--start: a prompt of more than {longest:,} characters, of which a model sees the last few; type '
-             f'--start=FILE:path for a shorter one')
+        fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; type --start=FILE:path for a '
+             f'shorter one')
     return text
 
 

@@ -448,7 +448,7 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty
             ('max_new_tokens', max_new_tokens, max_new_tokens >= 0, '0 or more; type --max_new_tokens=500'),
             ('temperature', temperature, temperature >= 0, '0 or more; type --temperature=0.8'),
             ('top_k', top_k, top_k is None or type(top_k) is int and top_k >= 1, 'None or 1 or more; type --top_k=20'),
-            ('top_p', top_p, top_p is None or type(top_p) in (int, float) and 0 < top_p <= 1, 'in (0, 1]; type --top_p=0.9'),
+            ('top_p', top_p, top_p is None or not isinstance(top_p, str) and 0 < top_p <= 1, 'in (0, 1]; type --top_p=0.9'),
             ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0; type --repetition_penalty=1.0')):
         if not good:
             raise ValueError(f'{name}={value!r}: allowed is {allowed}')

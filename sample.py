@@ -89,10 +89,11 @@ later = heads[:]               # and what is printed when the texts before it ar
 ended = [False] * num_samples
 
 
-def add(i, text):
-    """Show more of text i: the first one as it is written, the others after it."""
-    runtime.write(text if i == 0 else '')
-    later[i] += text
+def add(i, text):   # the first text is shown as it is written, the others after it
+    if i == 0:
+        runtime.write(text)
+    else:
+        later[i] += text
 
 
 add(0, heads[0])

@@ -136,7 +136,9 @@ def test_ctrl_c_leaves_nothing(run):
 
 def test_without_a_validation_split(script, run):
     shutil.rmtree('data')
-    result = script('analyze.py', '--device=cpu', '--start=the miller said')
+    with open('text.txt', 'w', encoding='utf-8-sig') as f:   # with the mark of an editor on Windows
+        f.write('the miller said')
+    result = script('analyze.py', '--device=cpu', '--start=FILE:text.txt')
     assert result.code == 0 and 'measured on the text itself' in result.err
     assert report_of(run / 'out/analysis/report.html')['tokens'] == list('the miller said')
 
