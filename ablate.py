@@ -32,7 +32,7 @@ from scipy import stats
 import plots
 import runtime
 from configurator import check, configure, fail
-from data import PREPARE, Dataset, find_dataset, token_sizes
+from data import PREPARE, open_dataset, token_sizes
 from runtime import say
 
 study = ''            # which one; may be typed first, without --study=
@@ -133,12 +133,9 @@ opened = {}   # dataset: (Dataset, a hash of its tokens, bytes a token of the va
 for name in chosen:
     dataset = flags_of(name)['dataset']
     if dataset not in opened:
-        folder, ready = find_dataset(dataset, data_dir)
-        if not ready:
-            fail(f'{folder} has no token files; make it first: {PREPARE.get(dataset, "see the prepare scripts")}')
-        data = Dataset(dataset, data_dir)
+        data = open_dataset(dataset, data_dir)
         if data.stand_in_banner():
-            fail(f'{folder} is a stand-in, and a study of it would be taken for one of the real text; make it anew: '
+            fail(f'{data.folder} is a stand-in, and a study of it would be taken for one of the real text; make it anew: '
                  f'{PREPARE.get(dataset, "see the prepare scripts")}')
         val = np.concatenate([shard[1:] for shard in data.split('val')])   # the first of each is given, not predicted
         hashed = hashlib.sha256(b''.join(shard.tobytes() for part in ('train', 'val') for shard in data.split(part)))

@@ -30,8 +30,8 @@ import checkpoint as checkpoints
 import inside
 import plots
 import runtime
-from configurator import configure, fail
-from data import PREPARE, find_dataset, read_prompt, with_split
+from configurator import check, configure, fail
+from data import open_dataset, read_prompt, with_split
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -46,7 +46,7 @@ head = 0                 # head
 windows = 'auto'         # of the validation split, to take heads out on; 'auto': as many as a minute or two is enough for
 seed = 1337              # of the random tokens that induction is measured on
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-_, given = configure(globals(), runtime.find_device)
+knobs, given = configure(globals(), runtime.find_device)
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # a reader that has seen enough just ends it
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,11 +56,10 @@ SHOWN_BYTES = 5_000_000   # of attention in report.html; base64 makes a third mo
 HELD_BYTES = 1 << 30      # of attention in memory, of all heads
 ABLATION_FLOPS = 1.2e12, 1.3e13   # what taking heads out may cost: usually, and for the fewest windows that give an interval
 
-if not (type(tokens) is int and tokens >= 2):
-    fail(f'tokens={tokens!r}: allowed are whole numbers from 2; type --tokens=256')
+check(knobs, tokens=2)
 if windows != 'auto' and not (type(windows) is int and windows >= 2):
     fail(f'windows={windows!r}: allowed are auto, and whole numbers from 2; type --windows=auto')
-model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 config = model.config
 if config.n_layer == 0 or config.block_size < 2:
     fail(f'{where} has n_layer={config.n_layer}, block_size={config.block_size}: nothing in it looks from one token at '
@@ -69,13 +68,11 @@ try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
     fail(str(error))
-named, dataset = dataset, dataset or str(knobs.get('dataset', ''))
-if named and not find_dataset(named, data_dir, needs=('val',))[1]:
-    fail(f'{os.path.join(data_dir, named)} has no val.bin; make it first: {PREPARE.get(named, "see the prepare scripts")}')
+named, dataset = dataset, dataset or str(its_knobs.get('dataset', ''))
+if named:
+    data = open_dataset(named, data_dir, needs=('val',))
+    checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
 data = with_split(dataset, tokenizer, data_dir)
-if named and not data:
-    fail(f'{where} was trained with another tokenizer than that of {os.path.join(data_dir, named)}; type --dataset=NAME for '
-         f'one with the same')
 
 notes, L, nh = [], config.n_layer, config.n_head
 

@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -89,12 +88,7 @@ for part in peers:
              f'--peer=transformers')
 check(knobs, tokens=2, runs=1, seed=0)
 runtime.check_json(json)
-
-
-def wait():
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+wait = functools.partial(runtime.wait, device)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -238,6 +232,8 @@ def measure(contenders, shape, share, peer_share, **more):
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+            process.stdout.close()
+            process.errors.close()
     found = []
     for (who, _), (_, said), answers, profiled in zip(contenders, started, runs_of, profiles):
         steps = sorted(answer['seconds'] / answer['steps'] for answer in answers)

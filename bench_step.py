@@ -7,6 +7,7 @@ and torch's switches are its own.
 Reads numbers of steps from stdin, one a line ('profile' for where the time of three goes); writes a JSON line to stdout for
 each, after a first one that says what is measured. Peers get random tokens, ours a file of them through train.py's loader.
 """
+import functools
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ import torch
 import checkpoint
 import fast
 import runtime
-from configurator import configure, fail
+from configurator import check, configure, fail
 from data import ByteTokenizer, Dataset, TrainingWindows
 from model import GPT, GPTConfig
 
@@ -38,18 +39,15 @@ seed = 1337            # of weights, tokens and dropout
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'         # 'float32', 'bfloat16', or on a GPU 'float16'; nanoGPT has its own way
 compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shipped
-configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it, and whoever started it says so
+wait = functools.partial(runtime.wait, device)
 answers = os.fdopen(os.dup(1), 'w')
 os.dup2(2, 1)   # whatever a peer prints goes to stderr
 
-for name, value, good, allowed, other in (
-        ('who', who, who in ('ours', 'transformers') or who[:8] == 'nanogpt:' and who[8:],
-         'ours, transformers, nanogpt:PATH', 'ours'),
-        ('optimizer', optimizer, optimizer in ('adamw', 'muon'), 'adamw, muon', 'adamw'),
-        ('batch_size', batch_size, batch_size >= 1, '1 or more', 1), ('seed', seed, 0 <= seed < 2**63, '0 or more', 1337)):
-    if not good:
-        fail(f'{name}={value!r}: allowed is {allowed}; type --{name}={other}')
+check(knobs, optimizer=('adamw', 'muon'), batch_size=1, seed=0)
+if who not in ('ours', 'transformers') and not (who[:8] == 'nanogpt:' and who[8:]):
+    fail(f'who={who!r}: allowed are ours, transformers, nanogpt:PATH; type --who=ours')
 try:
     GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
 except ValueError as error:
@@ -60,12 +58,6 @@ KINDS = dict(attention=('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'), prod
              dropout=('bernoulli', 'random_', 'aten::ge', 'dropout'),
              loss=('log_softmax', 'nll_loss', 'logsumexp', 'exp_', 'gather', 'scatter'),
              copies=('copy', 'cat', 'clone', 'fill', 'zero', 'empty'), sums=('add', 'mul', 'div', 'sum', 'sub'))
-
-
-def wait():
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def gemm_rate(n):

@@ -474,6 +474,19 @@ def find_dataset(name, data_dir='data', needs=('train', 'val'), knob='dataset'):
     return folder, all(_shards(folder, split) for split in needs)
 
 
+def open_dataset(name, data_dir='data', needs=('train', 'val')):
+    """The Dataset of that name; fails where a split that is needed is not there, saying how to make it."""
+    folder, ready = find_dataset(name, data_dir, needs)
+    if not ready:
+        fail(_missing(name, folder, needs))
+    return Dataset(name, data_dir)
+
+
+def _missing(name, folder, needs=('train', 'val'), why=''):
+    return (f'{folder} has no {" and ".join(f"{split}.bin" for split in needs)}{why}; make it first: '
+            f'{PREPARE.get(name, "see the prepare scripts")}')
+
+
 def with_split(name, tokenizer, data_dir, split='val'):
     """The dataset of that name, if its split is there and its tokenizer is this one, else None."""
     if not name or not find_dataset(name, data_dir, needs=(split,))[1]:
@@ -489,11 +502,9 @@ def prepare_missing(name, data_dir, prepare):
     folder, ready = find_dataset(name, data_dir)
     if ready:
         return
-    by_hand = f'make them first: {PREPARE.get(name, "see the prepare scripts")}'
     makes = next((made for made, command in PREPARE.items() if f'python {prepare}'.startswith(command)), name)
     if not prepare or makes != name:
-        fail(f'{folder} has no train.bin and val.bin' + f', and prepare={prepare!r} makes {makes}' * bool(prepare)
-             + f'; {by_hand}')
+        fail(_missing(name, folder, why=f', and prepare={prepare!r} makes {makes}' * bool(prepare)))
     try:
         script, *flags = shlex.split(prepare)
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)

@@ -10,6 +10,7 @@ How well a model predicts a split: every token of it once, in nats, bits per byt
 Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table, or JSON, to stdout, and nothing else.
 """
 import math
+import os
 import time
 
 import numpy as np
@@ -18,8 +19,8 @@ import torch
 import checkpoint as checkpoints
 import decoding
 import runtime
-from configurator import configure, fail
-from data import PREPARE, Dataset, evaluation_batches, find_dataset, token_sizes
+from configurator import check, configure, fail
+from data import evaluation_batches, find_dataset, open_dataset, token_sizes
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -36,35 +37,26 @@ device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 here, where the figure is what counts
 quantize = ''            # 'int8': with a byte a weight, as sample.py --quantize=int8; nats_lost is what it costs
 compile = 'auto'         # torch.compile
-configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device)
 rank, ranks, device = runtime.join_ranks(backend, device)
 
-if split not in ('train', 'val', 'test'):
-    fail(f'split={split!r}: allowed are train, val, test; type --split=val')
-if batch_size < 1:
-    fail(f'batch_size={batch_size}: it must be 1 or more; type --batch_size=16')
-if quantize not in ('', 'int8'):
-    fail(f"quantize={quantize!r}: allowed are '' and int8; type --quantize=int8")
+check(knobs, split=('train', 'val', 'test'), batch_size=1, quantize=('', 'int8'))
 runtime.check_json(json)
-model, tokenizer, where, knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
 block_size = model.config.block_size
 if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
     fail(f'stride={stride!r}: allowed are None and whole numbers from 1 to block_size={block_size}; '
          f'type --stride={block_size // 2 or 1}')
-dataset = dataset or str(knobs.get('dataset', ''))
+dataset = dataset or str(its_knobs.get('dataset', ''))
 if not dataset:
     fail(f'{where} does not say which dataset it is of; type --dataset=NAME')
-folder, ready = find_dataset(dataset, data_dir, needs=(split,))
-if not ready:
-    others = [name for name in ('val', 'train', 'test') if find_dataset(dataset, data_dir, needs=(name,))[1]]
-    fail(f'{folder} has no {split}.bin' + (f'; it has {", ".join(others)}; type --split={others[0]}' if others else
-         f', nor any other; make it first: {PREPARE.get(dataset, "see the prepare scripts")}'))
-data = Dataset(dataset, data_dir)
+there = [name for name in ('val', 'train', 'test') if find_dataset(dataset, data_dir, needs=(name,))[1]]
+if there and split not in there:
+    fail(f'{os.path.join(data_dir, dataset)} has no {split}.bin; it has {", ".join(there)}; type --split={there[0]}')
+data = open_dataset(dataset, data_dir, needs=(split,))
 if data.stand_in_banner():
     say(data.stand_in_banner())
-if data.tokenizer.state() != tokenizer.state():
-    fail(f'{where} was trained with another tokenizer than that of {folder} ({tokenizer.vocab_size:,} and {data.vocab_size:,} '
-         f'symbols); type --dataset=NAME for one with the same')
+checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
 dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype, compile)
 model.to(device).eval()
 say(f'{where}, {model.num_params():,} parameters; {split} of {dataset}, windows of {block_size}, stride {stride or block_size}')

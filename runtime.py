@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -71,10 +72,31 @@ def write_json(path, figures):
         fail(f'json={path} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
 
 
+def computes_right(device):
+    """Whether a small layer's loss and gradients on a device are those on the CPU: Apple's has been wrong without an error
+    (TransformerLens #1178)."""
+    rng, found = torch.Generator().manual_seed(0), []
+    x, w, targets = torch.randn(4, 16, 32, generator=rng), torch.randn(96, 32, generator=rng), torch.arange(64) % 32
+    try:
+        for where in ('cpu', device):
+            weight = w.to(where).requires_grad_()
+            qkv = F.linear(F.layer_norm(x.to(where), (32,)), weight).view(4, 16, 6, 16).transpose(1, 2)   # of two heads
+            y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1), is_causal=True).transpose(1, 2).reshape(64, 32)
+            loss = F.cross_entropy(F.gelu(y, approximate='tanh'), targets.to(where))
+            loss.backward()
+            found.append([loss.detach().cpu(), weight.grad.cpu()])
+        return all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4) for ours, theirs in zip(*found))
+    except RuntimeError:
+        return False
+
+
 def find_device(name):
-    """'auto' -> 'cuda', or else 'mps', or else 'cpu'; a name that cannot be had here fails."""
+    """'auto' -> 'cuda', or else 'mps' where it computes right, or else 'cpu'; a name that cannot be had here fails."""
     usable = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
     if name == 'auto':
+        if usable[0] == 'mps' and not computes_right('mps'):
+            say('note: this machine\'s mps computes other numbers than its processor, which is used instead')
+            return 'cpu'
         return usable[0]
     kind, _, index = str(name).partition(':')
     if kind not in usable or index and not (index.isdigit() and kind == 'cuda' and int(index) < torch.cuda.device_count()):
@@ -144,7 +166,8 @@ def find_compile(choice, device, pays=None):
         os.makedirs(cache, exist_ok=True)
         os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*torch.jit', DeprecationWarning)   # in torch's own modules, imported by this
             torch.compile(lambda x: (x + 1).sum())(torch.ones(8, device=device))
     except Exception as error:   # no compiler, no Triton, a Python too new: the kinds are many and not ours
         reason = str(error).strip().splitlines()[0][:160]
@@ -202,6 +225,13 @@ def trackers(knobs):
         board = SummaryWriter(os.path.join(knobs['out_dir'], 'tensorboard'))
         found.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
     return found
+
+
+def wait(device):
+    """A clock in seconds, read when a GPU has done all that it was given."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_flops(device):

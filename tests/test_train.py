@@ -409,6 +409,22 @@ def test_dtype_follows_the_hardware(monkeypatch):
         assert runtime.find_dtype('auto', 'cuda:0') == expected
 
 
+def test_mps_is_taken_only_where_it_computes_right(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert runtime.find_device('auto') == 'cpu'   # nothing is computed there at all
+    assert 'mps' in capfd.readouterr().err and runtime.find_device('mps') == 'mps'
+    monkeypatch.setattr(runtime, 'computes_right', lambda device, its=runtime.computes_right: its('cpu'))
+    assert runtime.find_device('auto') == 'mps'
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def wrong_the_second_time(q, k, v, is_causal):
+        calls.append(1)
+        return attend(q, k, v, is_causal=is_causal) * (1.01 if len(calls) == 2 else 1)
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', wrong_the_second_time)
+    assert runtime.find_device('auto') == 'cpu' and len(calls) == 2
+
+
 def test_processor_is_read():
     if not os.path.exists('/proc/cpuinfo'):
         pytest.skip('no /proc/cpuinfo to compare with')
