@@ -217,7 +217,7 @@ def study(rows, path, title, unit):
             points = {}
             for log in row['logs']:
                 for tokens, _, loss in log[:-1]:   # the last one is of the whole split, and on the right
-                    if loss is not None:
+                    if tokens and loss is not None:   # all begin at ln V, which would flatten the rest
                         points.setdefault(tokens, []).append(loss)
             if points:
                 means = [sum(losses) / len(losses) for losses in points.values()]
