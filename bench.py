@@ -242,7 +242,7 @@ def measure(contenders, shape, share, peer_share, **more):
                    dropout=share if who == 'ours' else peer_share, n_layer=shape['n_layer'], tok_per_s=texts * T / step,
                    tok_per_s_min=texts * T / steps[-1], tok_per_s_max=texts * T / steps[0], step_ms=1e3 * step,
                    compiled=said['compiled'], first_step_s=said['first_s'],
-                   peak_memory_mb=answers[-1]['memory'] / 1e6, **more)
+                   peak_memory_mb=answers[-1]['memory'], **more)
         if who == 'ours':
             rate, gemm = row['tok_per_s'] * said['flops_per_token'], statistics.median(a['gemm'] for a in answers)
             loader = statistics.median(a['parts']['loader'] / a['seconds'] for a in answers)

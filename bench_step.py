@@ -10,7 +10,6 @@ each, after a first one that says what is measured. Peers get random tokens, our
 import functools
 import json
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -68,13 +67,6 @@ def gemm_rate(n):
         a @ a
         best = max(best, 2 * n**3 / (wait() - started))
     return best
-
-
-def peak_memory():
-    """Most bytes held: resident, or on a GPU what torch reserved."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 # ---- who is measured: the model, loss(x, y), optimizers, and a loader (step) -> x, y (B, T) ------------------------------
@@ -202,6 +194,6 @@ for line in sys.stdin:
         for (_, before), (part, after) in zip(marks, marks[1:]):
             spent[part] += after - before
     seconds = wait() - begun
-    memory = peak_memory()
+    memory = runtime.peak_memory(device)
     gemm = gemm_rate(8192 if device.startswith('cuda') else 2048) if who == 'ours' else 0.0
     answer(seconds=seconds, steps=steps, parts=spent, memory=memory, gemm=gemm, kinds=kinds(3) if profiled else {})

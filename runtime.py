@@ -234,6 +234,17 @@ def wait(device):
     return time.perf_counter()
 
 
+def peak_memory(device):
+    """The most that this process has held, in MB: resident, or on a GPU what torch reserved there; nan where no one counts."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_reserved(device) / 1e6
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e6 / 1024)
+
+
 def peak_flops(device):
     """FLOP/s to divide by for MFU, or None where the peak is not known."""
     if not device.startswith('cuda'):

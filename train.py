@@ -371,8 +371,8 @@ while True:
 
 log.end()
 if last:
-    say(f'done: {step:,} steps in {runtime.clock(seconds)}; val loss {val_loss:.4f} nats per token on the whole split; '
-        f'type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
+    say(f'done: {step:,} steps in {runtime.clock(seconds)} and {runtime.peak_memory(device):,.0f} MB; val loss {val_loss:.4f} '
+        f'nats per token on the whole split; type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
 if not saved:
     fail(f'{last_path} could not be written at the end, and ' + ('holds an earlier step; make room and type --init_from=resume'
          if os.path.exists(last_path) else 'nothing is saved; make room, or type --out_dir=FOLDER for another place'))

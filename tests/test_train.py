@@ -51,6 +51,9 @@ def test_a_run(mini, script):
     for words in ('device cpu', f'{parameters:,} parameters', '4 batch x 16 block x 1 accumulation', '= 64', f'ln({len(set(TEXT))}) = {math.log(len(set(TEXT))):.4f}',
                   'estimated time:', '-' * 40):
         assert words in result.err, words
+    memory = int(re.search(r'done: 10 steps in 0m \d\ds and ([\d,]+) MB; val loss', result.err)[1].replace(',', ''))
+    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))   # kB, of this process
+    assert memory == pytest.approx(peak * 1024 / 1e6, abs=2)
     line = next(line for line in result.err.splitlines() if line.startswith('iter 3: loss'))
     assert re.fullmatch(r'iter 3: loss [\d.]+, perplexity [\d.]+ \| lr [\de.-]+ \| grad norm [\d.]+ \| [\d,]+ tok/s \| \S+ \S+ left', line)
 
