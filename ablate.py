@@ -4,7 +4,7 @@ Studies: what one choice is worth, all else equal, over several seeds. train.py 
     python ablate.py list                     # the studies and their variants
     python ablate.py heads                    # three seeds each, about two minutes a run on two cores
     python ablate.py heads --seeds=5          # goes on with those that are there
-    python ablate.py heads --full             # the setting of published studies, for a GPU; all there are are used
+    python ablate.py heads --full             # the setting of published studies, for a GPU; every one there is works
     python ablate.py heads --report           # table and picture once more, from heads.json alone
 
 Reads data/<dataset>/; writes NAME.json (every run), NAME.md and NAME.png into results. Interrupted, it goes on where it was.
@@ -44,9 +44,7 @@ report = False        # write table and picture again from the results there are
 results = 'results/ablations'   # folder of what is found
 data_dir = 'data'     # where datasets live
 device = 'auto'       # 'cpu', 'cuda' (all of them), 'cuda:1', 'mps'
-if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
-    sys.argv[1] = f'--study={sys.argv[1]}'
-knobs, _ = configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device, first='study')
 
 # ---- the setting: what all runs share --------------------------------------------------------------------------------
 SETTING = dict(
@@ -69,17 +67,15 @@ STUDIES = {
         'uniform': dict(counted='uniform'), 'counted unigram': dict(counted='unigram'),
         'counted bigram': dict(counted='bigram'), 'trained bigram': dict(n_layer=0, pos='none', tie_weights=False),
         'tied bigram': dict(n_layer=0, pos='none'), 'GPT': {}}),
-    'heads': ('4 heads', {
-        '1 head': dict(n_head=1), '2 heads': dict(n_head=2), '4 heads': {}, '8 heads': dict(n_head=8)}),
-    'depth': ('4 layers', {
-        '2 layers': dict(n_layer=2), '4 layers': {}, '6 layers': dict(n_layer=6), '8 layers': dict(n_layer=8)}),
+    'heads': ('4 heads', {f'{n} head{"s" * (n > 1)}': dict(n_head=n) for n in (1, 2, 4, 8)}),
+    'depth': ('4 layers', {f'{n} layers': dict(n_layer=n) for n in (2, 4, 6, 8)}),
     'width': (f'4 x {WIDTH}', {   # layers x width, of nearly the same number of parameters
-        f'{n} x {C}': dict(n_layer=n, n_embd=C) if n != 4 else {}
+        f'{n} x {C}': dict(n_layer=n, n_embd=C)
         for n, C in ((1, 2 * WIDTH), (2, 180 * WIDTH // 128), (4, WIDTH), (8, 92 * WIDTH // 128))}),
     'norm': ('pre', {'pre': {}, 'post': dict(norm='post'), 'none': dict(norm='none')}),
     'residual': ('4 layers', {
         '2 layers': dict(n_layer=2), '2 layers without': dict(n_layer=2, residual=False, against='2 layers'),
-        '4 layers': {}, '4 layers without': dict(residual=False),
+        '4 layers': dict(n_layer=4), '4 layers without': dict(n_layer=4, residual=False),
         '8 layers': dict(n_layer=8), '8 layers without': dict(n_layer=8, residual=False, against='8 layers')}),
     'positions': ('learned', {'learned': {}, 'rope': dict(pos='rope'), 'none': dict(pos='none')}),
     'tokenizer': ('char', {   # of GPT-2's tokens, which are 3.3 characters, fewer at a time: all see as much text
@@ -89,7 +85,7 @@ STUDIES = {
     'regularization': ('none', {
         'none': {}, 'label smoothing 0.1': dict(label_smoothing=0.1), 'layer drop 0.1': dict(layer_drop=0.1)}),
     'optimizer': (f'AdamW {RATE:g}', {
-        f'AdamW {RATE / 2:g}': dict(learning_rate=RATE / 2), f'AdamW {RATE:g}': {},
+        f'AdamW {RATE / 2:g}': dict(learning_rate=RATE / 2), f'AdamW {RATE:g}': dict(learning_rate=RATE),
         f'AdamW {2 * RATE:g}': dict(learning_rate=2 * RATE),
         **{f'Muon {rate}': dict(optimizer='muon', muon_learning_rate=rate) for rate in (0.01, 0.02, 0.04)}}),
     'modern': ('GPT-2', {   # one upon the other
@@ -106,11 +102,11 @@ if study == 'list':
 if study not in STUDIES:
     fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; type python ablate.py heads')
 check(knobs, seeds=1)
-baseline, its = STUDIES[study]
-chosen = [] if report else [part.strip() for part in variants.split(',')] if variants else list(its)
+baseline, every = STUDIES[study]
+chosen = [] if report else [part.strip() for part in variants.split(',')] if variants else list(every)
 for part in chosen:
-    if part not in its:
-        fail(f'variants={part!r}: {study} has {", ".join(its)}; type --variants="{baseline}"')
+    if part not in every:
+        fail(f'variants={part!r}: {study} has {", ".join(every)}; type --variants="{baseline}"')
 path = os.path.join(results, study + '-full' * full)   # .json, .md, .png
 typed = {}
 for word in shlex.split(flags):
@@ -120,12 +116,12 @@ for word in shlex.split(flags):
              f'type --flags="--max_iters=500"')
     typed[found[1]] = found[2]
 setting = {key: str(value) for key, value in (SETTING | typed).items()}
-own = {name: {key: str(value) for key, value in has.items()} for name, has in its.items()}
+changes = {name: {key: str(value) for key, value in has.items()} for name, has in every.items()}
 
 
 def flags_of(name):
     """What train.py is given for a variant, seed and places apart."""
-    return setting | {key: value for key, value in own[name].items() if key not in ('against', 'counted')}
+    return setting | {key: value for key, value in changes[name].items() if key not in ('against', 'counted')}
 
 
 # ---- data and what is there already ------------------------------------------------------------------------------------
@@ -161,7 +157,7 @@ found = read(file) if os.path.exists(file) else dict(runs=[])
 if not report:
     for run in found['runs']:
         name, had = run['variant'], run['flags'] | dict(data=run['data'])
-        now = flags_of(name) if name in own else {}
+        now = flags_of(name) if name in changes else {}
         now |= dict(data=opened[now['dataset']][1] if now.get('dataset') in opened else run['data'])
         if had != now:
             key = next(key for key in {**had, **now} if had.get(key) != now.get(key))
@@ -169,7 +165,7 @@ if not report:
                  f'mixed; type --results=FOLDER for another place')
     elsewhere = [run for other in sorted(glob.glob(os.path.join(results, '*.json'))) if other != file
                  for run in read(other)['runs'] if run['status'] == 'done']   # whose equal runs need not be run again
-    found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=own, runs=found['runs'])
+    found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=changes, runs=found['runs'])
 
 
 def write(file, text):
@@ -184,7 +180,7 @@ def write(file, text):
 
 
 def keep():
-    runs = sorted(found['runs'], key=lambda run: (list(own).index(run['variant']), run['seed']))
+    runs = sorted(found['runs'], key=lambda run: (list(changes).index(run['variant']), run['seed']))
     rest = json.dumps({key: value for key, value in found.items() if key != 'runs'}, indent=1, ensure_ascii=False)
     lines = ',\n'.join('  ' + json.dumps(run, ensure_ascii=False) for run in runs)   # a run a line
     write(file, f'{rest[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
@@ -225,8 +221,8 @@ def one_run(name, seed, device):
     run = dict(variant=name, seed=seed, flags=given, data=opened[given['dataset']][1], torch=torch.__version__,
                device=device.partition(':')[0])
     bits = 1 / math.log(2) / opened[given['dataset']][2]   # of a nat per token, per byte
-    if 'counted' in own[name]:
-        loss = counted_loss(own[name]['counted'])
+    if 'counted' in changes[name]:
+        loss = counted_loss(changes[name]['counted'])
         return run | dict(status='done', val_loss=loss, bits_per_byte=loss * bits, parameters=0, tokens=0, seconds=0, log=[])
     for other in elsewhere:
         if all(other[key] == run[key] for key in ('seed', 'flags', 'data', 'torch', 'device')):
@@ -270,7 +266,7 @@ if not report:
         signal.signal(number, interrupted)
     there = {(run['variant'], run['seed']) for run in found['runs'] if run['status'] != 'failed'}   # which is tried again
     todo = [(name, seed) for seed in range(1, seeds + 1) for name in chosen
-            if (name, seed) not in there and not ('counted' in own[name] and seed > 1)]
+            if (name, seed) not in there and not ('counted' in changes[name] and seed > 1)]
     devices, free = [device], queue.Queue()
     if device == 'cuda':
         devices = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
@@ -318,21 +314,22 @@ def interval(*errors):
     return stats.t.ppf(0.975, total**2 / sum(error**2 / freedom for error, freedom in errors)) * math.sqrt(total)
 
 
-own, made = found['variants'], {name: [run for run in found['runs'] if run['variant'] == name] for name in found['variants']}
+changes = found['variants']
+runs_of = {name: [run for run in found['runs'] if run['variant'] == name] for name in changes}
 several = len({run['flags']['dataset'] for run in found['runs']}) > 1
 key, unit = ('bits_per_byte', 'bits per byte') if several else ('val_loss', 'nats per token')
-values = {name: [run[key] for run in runs if run['status'] == 'done'] for name, runs in made.items()}
+values = {name: [run[key] for run in runs if run['status'] == 'done'] for name, runs in runs_of.items()}
 lines, drawn = [], []
-for name, runs in made.items():
+for name, runs in runs_of.items():
     if not runs:
         continue
-    has = ', '.join(f'{knob}={value}' for knob, value in own[name].items() if knob not in ('against', 'counted'))
-    other = own[name].get('against', found['baseline'])
+    has = ', '.join(f'{knob}={value}' for knob, value in changes[name].items() if knob not in ('against', 'counted'))
+    other = changes[name].get('against', found['baseline'])
     cells = [name + ' (baseline)' * (name == found['baseline']), has, '', '', '', '', '']
     done = [run for run in runs if run['status'] == 'done']
     if done:
         mean, error = spread(values[name])
-        exact = 'counted' in own[name]
+        exact = 'counted' in changes[name]
         sd = statistics.stdev(values[name]) if error else None
         cells[2] = f'{done[0]["parameters"]:,}' * (not exact)
         cells[3] = f'{mean:.4f}' + (f' ({sd:.4f})' if error else '' if exact else ' (one run)')
@@ -374,6 +371,8 @@ Seeds 1, 2, ... of weights, windows and dropout, the same for every row; loss in
 write(path + '.md', text)
 try:
     plots.study(drawn, path + '.png', found['study'], unit)
+except ImportError:
+    say(f'no {path}.png: matplotlib is missing; type pip install -r requirements.txt, and then the same with --report')
 except OSError as error:
     fail(f'{path}.png cannot be written ({error.strerror}); make room, or type --results=FOLDER for another place')
 print(text, end='')

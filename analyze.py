@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import tempfile
 
 import numpy as np
@@ -30,7 +29,7 @@ import checkpoint as checkpoints
 import inside
 import plots
 import runtime
-from configurator import check, configure, fail
+from configurator import check, configure, exit_on_signals, fail
 from data import open_dataset, read_prompt, with_split
 from runtime import say
 
@@ -41,16 +40,15 @@ data_dir = 'data'        # where datasets live
 dataset = ''             # whose validation split to use; empty: the one the run was trained on
 start = ''               # the text, FILE:path, - (standard input), or VAL:1000: the validation split from its token 1,000 on
 tokens = 256             # of the text, at most
-layer = 0                # head.png shows this layer's
-head = 0                 # head
+layer = 0                # of the head that head.png shows
+head = 0                 # its number in that layer, from 0
 windows = 'auto'         # of the validation split, to take heads out on; 'auto': as many as a minute or two is enough for
 seed = 1337              # of the random tokens that induction is measured on
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 knobs, given = configure(globals(), runtime.find_device)
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # a reader that has seen enough just ends it
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: sys.exit(128 + number))   # and half-written files are taken away
+exit_on_signals()   # and what is half-written is removed
 
 SHOWN_BYTES = 5_000_000   # of attention in report.html; base64 makes a third more of it
 HELD_BYTES = 1 << 30      # of attention in memory, of all heads
@@ -68,10 +66,10 @@ try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
     fail(str(error))
-named, dataset = dataset, dataset or str(its_knobs.get('dataset', ''))
-if named:
-    data = open_dataset(named, data_dir, needs=('val',))
+if dataset:
+    data = open_dataset(dataset, data_dir, needs=('val',))
     checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
+dataset = dataset or str(its_knobs.get('dataset', ''))
 data = with_split(dataset, tokenizer, data_dir)
 
 notes, L, nh = [], config.n_layer, config.n_head
@@ -144,7 +142,9 @@ def cut(tokens_of, length, count):
     return rows[:, :-1], rows[:, 1:]
 
 
-per_token = L * nh * 2 * model.num_params() * 0.65   # FLOPs of taking out each head once; what lies before it is kept
+# FLOPs of taking out each head once: of the blocks half on average, as what lies before the head is kept, and all of the head
+# of the model, about 0.65 of a forward pass
+per_token = L * nh * 2 * model.num_params() * 0.65
 if data:
     split = data.split('val')[0]
     length = min(config.block_size, 256, len(split) - 1)

@@ -51,19 +51,12 @@ seed = 1337              # of weights, prompts and draws
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # some of float32,bfloat16 and sample's int8 or, on a GPU, train's float16; 'auto': all, or train.py's
 compile = 'auto'         # compile our steps, as train.py or sample.py would
-if sys.argv[1:2] and not sys.argv[1].startswith('-') and not sys.argv[1].endswith('.py'):
-    sys.argv[1] = f'--what={sys.argv[1]}'
-knobs, _ = configure(globals(), runtime.find_device)
+knobs, _ = configure(globals(), runtime.find_device, first='what')
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; measured processes end with it
 
 NETS = {'124M': {}, '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
         '0.8M': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)}
 AT_ONCE = {'124M': (1, 16), '10.65M': (16, 64), '0.8M': (12, 12)}   # sequences in a step on a processor, and on a GPU
-
-
-def one_of(name, value, allowed):
-    if value not in allowed:
-        fail(f'{name}={value!r}: allowed are {", ".join(allowed)}; type --{name}={allowed[0]}')
 
 
 def numbers(name, value, most=1 << 20):
@@ -74,10 +67,10 @@ def numbers(name, value, most=1 << 20):
     return [int(part) for part in parts]
 
 
-one_of('what', what, ('sample', 'train'))
+check(knobs, what=('sample', 'train'))
 dtypes = [] if dtype == 'auto' else dtype.split(',')
 for part in dtypes:
-    one_of('dtype', part, ('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
+    check(dict(dtype=part), dtype=('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
     if part != 'int8':
         runtime.find_dtype(part, device)   # which refuses fp16 on a processor
 peers = peer.split(',') if peer else []
@@ -275,8 +268,8 @@ def bench_train():
     names = [part.strip() for part in net.split(',')] if net != 'auto' else (
         ['10.65M'] if growth else ['0.8M', '10.65M'] if quick else ['0.8M', '10.65M', '124M'])
     for name in names:
-        one_of('net', name, tuple(NETS))
-    one_of('optimizer', optimizer, ('adamw', 'muon'))
+        check(dict(net=name), net=tuple(NETS))
+    check(knobs, optimizer=('adamw', 'muon'))
     for name, value in (('dropout', dropout), ('peer_dropout', peer_dropout)):
         if value != 'auto' and not (type(value) in (int, float) and 0 <= value < 1):
             fail(f'{name}={value!r}: allowed are auto, and numbers from 0 to below 1; type --{name}=auto')
@@ -334,7 +327,7 @@ if what == 'train':
     bench_train()
 else:
     net = '124M' if net == 'auto' else net
-    one_of('net', net, tuple(NETS))
+    check(knobs, net=tuple(NETS))
     config, batches = GPTConfig(**NETS[net]), numbers('batch', batch or '1,8,64', 4096)
     if tokens >= config.block_size:
         fail(f'tokens={tokens}: the {net} net has block_size={config.block_size}; type --tokens={config.block_size // 2}')

@@ -76,6 +76,7 @@ random_tokens = torch.Generator().manual_seed(seed)
 torch.manual_seed(seed)
 if who == 'ours':
     dtype, compile = runtime.set_up(device, dtype, compile)
+    # GELU is nanoGPT's, so that both compute the same
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, activation='gelu_erf')).to(device)
     parameters, flops_per_token = model.num_params(), model.flops_per_token()
     fast.speed_up(model)

@@ -3,7 +3,8 @@ Checkpoints: one file that stands alone, written whole or not at all, verified w
 
 A checkpoint holds, under nanoGPT's keys where it has one: model (weights by Hugging Face's GPT-2 names), model_args
 (GPTConfig as a dict), tokenizer, optimizer (a list of state dicts), scaler, iter_num, best_val_loss, val_loss, seconds,
-config (the knobs) and rng (of rank 0, for the record: train.py seeds every step anew): tensors and plain types only.
+skipped, config (the knobs), rng (of rank 0, for the record: train.py seeds every step anew) and format: tensors and plain
+types only. Also here: a run's folder and its log, and what a run or a script starts from.
 
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
 """
@@ -325,28 +326,28 @@ def from_hub(name, **fields):
     return model, tokenizer
 
 
-def open_model(init_from, out_dir, checkpoint, data_dir, **fields):
+def open_model(init_from, out_dir, checkpoint, data_dir):
     """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
     init_from='resume' takes the checkpoint named or the best in out_dir, anything else is from_hub's."""
     if init_from != 'resume':
-        model, tokenizer = from_hub(init_from, dropout=0.0, **fields)
+        model, tokenizer = from_hub(init_from, dropout=0.0)
         if tokenizer is None:
             fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
         return model, tokenizer, init_from, {}
     path = find(out_dir, checkpoint)
     loaded = load(path)
-    model = build_model(loaded, path, **fields)
+    model = build_model(loaded, path)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
     return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs
 
 
-def starting_point(knobs, given, device):
+def starting_point(knobs, given):
     """What training begins from: (checkpoint to resume, GPT of Hugging Face, where it is from, its (tokenizer's state,
     vocab_size, whether that may hold padding)), each None where it is not so, all of them for init_from='scratch'.
 
     Settles knobs: a run goes on as it was but for what is typed now and what belongs to the machine, and a model trained
     further keeps its shape, which fails where a knob given says otherwise."""
-    again = runtime.agree([int(runtime.begun())], device)[0]   # torchrun --max-restarts, after a rank has died
+    again = runtime.agree([int(runtime.started_before())])[0]   # torchrun --max-restarts, after a rank has died
     if again and os.path.exists(os.path.join(knobs['out_dir'], 'last.pt')):
         knobs['init_from'] = 'resume'
     if knobs['init_from'] == 'scratch':
@@ -392,7 +393,7 @@ def check_symbols(data, path, symbols):
              f'symbols); type --dataset=NAME for one with the same')
 
 
-def find_tokenizer(loaded, path, model, data_dir='data'):
+def find_tokenizer(loaded, path, model, data_dir):
     """The tokenizer in a checkpoint; for one by nanoGPT, that of the dataset its config names. model draws from its symbols."""
     if 'tokenizer' in loaded:
         try:

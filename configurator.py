@@ -13,6 +13,7 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
 import tokenize
 import types
@@ -26,13 +27,22 @@ def fail(message):
     raise SystemExit(2)
 
 
-def configure(knobs, resolve_device=None, argv=None):
+def exit_on_signals():
+    """Let SIGINT and SIGTERM end the script as its own exit would, so that what is half-written is removed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
+def configure(knobs, resolve_device=None, argv=None, first=None):
     """Apply config files and flags to a script's globals, in place; returns ({name: value} of all knobs, the names given).
 
     resolve_device('auto') -> 'cpu' or the like: config files may branch on `device`, and so they see what it will be,
-    a --device anywhere on the command line included."""
+    a --device anywhere on the command line included. first: the knob that a first word without -- stands for."""
     names = {k: v for k, v in knobs.items() if not k.startswith('_') and isinstance(v, PLAIN)}   # with their defaults
-    words = _words(sys.argv[1:] if argv is None else argv, names)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if first and argv and not argv[0].startswith('-') and not argv[0].endswith('.py'):
+        argv[0] = f'--{first}={argv[0]}'
+    words = _words(argv, names)
     if words is None:
         _print_help(knobs, names)
         raise SystemExit(0)

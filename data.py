@@ -364,15 +364,27 @@ def _write_split(part, split, chunks, dtype, shard_tokens):
     return dict(info, sha256={name: digest.hexdigest() for name, digest in digests.items()})
 
 
+def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, more=''):
+    """write_dataset for a prepare script, which says what came of it; fails where it cannot be written."""
+    try:
+        meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
+    except OSError as error:
+        fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
+    counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
+                       for split, info in meta['splits'].items())
+    print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}', file=sys.stderr)
+    return meta
+
+
 def read_prompt(start, longest=1 << 24):
     """The text that a knob `start` stands for: itself, FILE:path, or - for standard input; at most so many characters."""
     if start == '-' and sys.stdin is None:
         fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
     try:
         if start == '-':
-            text = sys.stdin.read(longest + 1)
+            text = sys.stdin.read(longest + 1).removeprefix('\ufeff')   # a mark, with which editors on Windows begin a file
         elif start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
+            with open(start[5:], encoding='utf-8-sig') as f:   # without that mark
                 text = f.read(longest + 1)
         else:
             text = start

@@ -1,5 +1,6 @@
 """
-One token after another, as fast as the memory allows: what sample.py, evaluate.py and bench.py do to a finished model.
+One token after another, as fast as the memory allows: what sample.py, evaluate.py and bench.py do to a finished model (and,
+at the end, the sample that train.py prints of an unfinished one).
 
 A step of one token uses every weight once, so it takes as long as reading the weights. Hence fewer bytes a weight (`narrow`:
 bf16, or int8 with a scale a row), compiled loops that read them at the memory's pace (`compile_steps`), and on a GPU, where
@@ -38,13 +39,13 @@ class NarrowLinear(nn.Module):
             # Rows of W times x, written out: inductor reads W once, as fast as memory allows, F.linear half as fast. as_strided
             # makes it finish x first; else it computes the norm or GELU that x comes from anew for every row of W (GPT-2 in
             # bf16, a token: 11.9 ms instead of 9.0)
-            x = x[0].float()
-            y = (self.weight.float() * x.as_strided(x.shape, x.stride())).sum(dim=1)
+            x = x[0].float()                                                                      # (in,)
+            y = (self.weight.float() * x.as_strided(x.shape, x.stride())).sum(dim=1)              # (out,)
         elif self.scale is not None and x.device.type == 'cpu' and x.size(0) <= 4 and x.size(1) % 16 == 0:
             # from 8 rows on F.linear is faster, and 16 is what the kernel reads at a time: past the end, and crashes, if not so
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, torch.ones_like(self.scale, dtype=self.dtype))
         else:
-            y = F.linear(x, self.weight.to(self.dtype))
+            y = F.linear(x, self.weight.to(self.dtype))                                           # (rows, out)
         if self.scale is not None:
             y = y * self.scale
         if self.bias is not None:
@@ -54,7 +55,7 @@ class NarrowLinear(nn.Module):
 
 def narrow(model, dtype, quantize=''):
     """Keep a finished model's matrices in the precision they are multiplied in: replace its linear layers, the head among them,
-    by narrow ones, in place. Embeddings and norms, of which a step reads a row, stay fp32, and so does the residual stream.
+    by narrow ones, in place. Embeddings, of which a step reads a row, norms and the residual stream stay fp32.
     Autocast instead casts all matrices at every token, and makes GPT-2 slower in bf16 than in fp32 (results/negative.md)."""
     for block in model.transformer.h:
         block.attn.attend = attend
@@ -90,10 +91,10 @@ def attend(q, k, v, dropout=0.0):
         return fused_attention(q, k, v, dropout)
     if torch.compiler.is_compiling():
         scores = (q * k).sum(dim=-1, keepdim=True) / math.sqrt(q.size(-1))                        # (B, nh, S, 1)
-        return (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)
+        return (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)                               # (B, nh, 1, hs)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
-    y = fused_attention(q, k, v, dropout)
+    y = fused_attention(q, k, v, dropout)                                                         # (B, nh, 1, hs)
     torch.set_float32_matmul_precision(before)
     return y
 
@@ -111,10 +112,10 @@ def compile_steps(model):
 
 
 def compiling_pays(model, device, dtype, quantize, tokens, rows):
-    """Whether compile_steps is worth its 7 seconds for so many tokens within block_size. Judged by the arguments alone and not
-    by a clock: compiled and uncompiled steps round differently, and the same command has to give the same text."""
+    """Whether compile_steps is worth its 4 to 7 seconds for so many tokens within block_size. Judged by the arguments alone, by
+    no clock: compiled and uncompiled steps round differently, and the same command has to give the same text."""
     size = 1 if quantize else getattr(torch, dtype).itemsize
-    saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer   # seconds a token, see results/sampling/
+    saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer   # seconds a token, measured by hand
     return device == 'cpu' and rows == 1 and tokens * saved > 7
 
 
@@ -147,7 +148,7 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
         yield from model.stream(idx, max_new_tokens, *knobs, chance, kv_cache)
         return
     cache = [LayerCache(block_size) for _ in model.transformer.h]
-    logits = model.next_logits(idx, cache).expand(rows, -1)
+    logits = model.next_logits(idx, cache).expand(rows, -1)                                       # (B, V)
     for layer in cache:
         if rows > idx.size(0):
             layer.expand(rows)

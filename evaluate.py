@@ -2,12 +2,12 @@
 How well a model predicts a split: every token of it once, in nats, bits per byte and bits per character.
 
     python evaluate.py                                        # the validation split of the run in out/
-    python evaluate.py --split=test --stride=64               # each token with nearly all the context there is
+    python evaluate.py --stride=16                            # each token with at least block_size - 16 before it
     python evaluate.py --init_from=gpt2 --dataset=shakespeare --json=-
     python evaluate.py --quantize=int8                        # and what int8 weights cost
     torchrun --standalone --nproc_per_node=2 evaluate.py      # the same number, sooner
 
-Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table, or JSON, to stdout, and nothing else.
+Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table to stdout, or JSON there or into a file.
 """
 import math
 import os
@@ -61,20 +61,20 @@ dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype,
 model.to(device).eval()
 say(f'{where}, {model.num_params():,} parameters; {split} of {dataset}, windows of {block_size}, stride {stride or block_size}')
 
-started = time.perf_counter()
-
 
 def evaluated():
+    """Mean nats a token, and the seconds it took."""
+    started = time.perf_counter()
     pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
-    return runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+    nats = runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+    return nats, time.perf_counter() - started
 
 
-nats, lost = evaluated(), {}
+(nats, seconds), lost = evaluated(), {}
 if quantize:
     decoding.narrow(model, dtype, quantize)
-    started, exact, nats = time.perf_counter(), nats, evaluated()
+    exact, (nats, seconds) = nats, evaluated()
     lost = dict(nats_lost=nats - exact)
-seconds = time.perf_counter() - started
 
 totals = np.zeros(3, dtype=np.int64)   # tokens, and their bytes and characters
 sizes = np.stack((np.ones(tokenizer.vocab_size, dtype=np.int64), *token_sizes(tokenizer)))         # (3, V)

@@ -12,12 +12,10 @@ Writes config.json, generation_config.json, model.safetensors, tokenizer.json an
 import os
 import shlex
 import shutil
-import signal
-import sys
 import tempfile
 
 import checkpoint as checkpoints
-from configurator import configure, fail
+from configurator import configure, exit_on_signals, fail
 from data import hf_tokenizer_files
 from runtime import say
 
@@ -33,8 +31,7 @@ if not to:
 if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
     fail(f'--to={to} exists and is not an empty folder; type --to=FOLDER for a new one')
 model, tokenizer, where, _ = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: sys.exit(128 + number))   # and what is half-written is removed
+exit_on_signals()   # and what is half-written is removed
 
 part = None
 try:

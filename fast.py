@@ -1,5 +1,6 @@
 """
-Faster ways to the same numbers in training. `speed_up` puts them into a model, which computes the same without them.
+Faster ways to the same numbers in training, and the optimizers. `speed_up` puts the former into a model, which computes the
+same without them; `make_optimizers` gives AdamW, or Muon beside it.
 
 On a processor torch's dropout, attention and cross-entropy lose more time than the matrix products leave room for; on a GPU
 small nets wait for kernels to be launched, and Muon's many small products do so everywhere. Letters as in model.py.
@@ -73,8 +74,8 @@ def attend(q, k, v, dropout=0.0):
 
 class BlockAttention(torch.autograd.Function):
     """The formula `block` queries at a time, so that most of the future is never computed; (B·nh, T, hs) -> (B·nh, T, hs).
-    The backward pass reads weights and mask, or above KEEP_WEIGHTS tokens makes them again: GPT-2's step at 1,024 tokens takes
-    0.3 GB less and 4 % longer.
+    t are a block's queries, s the keys up to its end. The backward pass reads weights and mask, or above KEEP_WEIGHTS tokens
+    makes them again: GPT-2's step at 1,024 tokens takes 0.3 GB less and 4 % longer.
 
     Forward and backward in bf16 on two cores: 18 instead of scaled_dot_product_attention's 48 ms for (16, 6, 256, 64), 43
     instead of 59 for (1, 12, 1024, 64), 1.6 instead of 10 for (32, 4, 64, 32). With dropout 25 ms for the first, and 0.4 s
@@ -88,7 +89,7 @@ class BlockAttention(torch.autograd.Function):
         q = q / math.sqrt(q.size(2))
         for start in range(0, T, block):
             end = min(start + block, T)
-            weights = block_weights(q, k, start, end)
+            weights = block_weights(q, k, start, end)                                             # (B·nh, t, s)
             keep = kept(weights.shape, dropout, weights.dtype, generator) if dropout else None
             torch.bmm(weights * keep if dropout else weights, v[:, :end], out=y[:, start:end])
             saved += [weights, keep] if T <= KEEP_WEIGHTS else [None, None]
@@ -110,7 +111,7 @@ class BlockAttention(torch.autograd.Function):
             dropped = weights
             if ctx.dropout:
                 dropped, dweights = weights * keep, dweights.mul_(keep)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)          # (B·nh, t, s)
             torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
             dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
             dv[:, :end] += dropped.transpose(1, 2) @ dy[:, start:end]
@@ -244,8 +245,8 @@ def orthogonalized(x, group):
 
 class Graphed:
     """A training step, update([(x, y), ...]) -> (loss, norm), that after three calls is recorded as one CUDA graph and from
-    then on replayed: a small net's step is some hundred kernels that take less time to run than to launch (modded-nanogpt's
-    PR #392 reports a factor of 2). For one GPU, without fp16's scaler, which waits; dropout follows torch.manual_seed here too.
+    then on replayed: a small net's step is some hundred kernels that take less time to run than to launch (nanoGPT's PR #392:
+    22 instead of 40 ms). For one GPU, without fp16's scaler, which waits; dropout follows torch.manual_seed here too.
     Written after torch's documentation and tested step by step on a processor; not yet run on a GPU."""
 
     def __init__(self, update, optimizers):

@@ -1,5 +1,6 @@
 """
-GPT-2, the whole of it, in one file that imports torch and nothing else: copy it anywhere and it works.
+GPT-2, the whole of it, in one file that needs torch alone: copy it anywhere and it works. (Hugging Face's files are read by
+huggingface_hub and safetensors, imported where that is done.)
 
 The letters used below and in every shape:
     B  batch, sequences side by side           C   n_embd, the width of a token's vector
@@ -25,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = dict(gelu=lambda x: F.gelu(x, approximate='tanh'), gelu_erf=F.gelu, relu2=lambda x: F.relu(x).square())
 
-# Hugging Face's config.json: what it calls our fields, with the values it leaves out; what no GPT-2 here has otherwise;
-# its activations; and the matrices that its Conv1D keeps as (in, out)
+# Hugging Face's config.json: its names for our fields, with the value of one that it leaves out; what must be so in any GPT-2
+# that is read here; its names of activations; and the matrices that its Conv1D keeps as (in, out)
 HF_FIELDS = dict(n_positions=('block_size', 1024), vocab_size=('vocab_size', 50257), n_layer=('n_layer', 12),
                  n_head=('n_head', 12), n_embd=('n_embd', 768), tie_word_embeddings=('tie_weights', True))
 HF_FIXED = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
@@ -146,7 +147,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)                        # (B, T, 3·nh, hs)
-        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=2)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=2)                   # (B, T, 2·nh, hs), (B, T, nh, hs)
         if self.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
         if rope is not None:
@@ -155,7 +156,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                                             # (B, nh, S, hs)
         y = self.attend(q, k, v, self.drop.p if self.training else 0.0)                           # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)                                                    # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C)                                                    # (B, T, C): heads in a row
         return self.drop(self.c_proj(y))
 
 
@@ -216,7 +217,7 @@ class GPT(nn.Module):
             angle = torch.outer(torch.arange(config.block_size, device='cpu'),   # not 'meta', see with_weights
                                 10000.0 ** -(torch.arange(0, hs, 2, device='cpu') / hs))
             self.register_buffer('rope', torch.stack((angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)))
-                                 [:, :, None], persistent=False)                                  # (2, T, 1, hs)
+                                 [:, :, None], persistent=False)                                  # (2, block_size, 1, hs)
         # GPT-2's initialisation: N(0, 0.02); what is added to the residual stream 2·n_layer times starts smaller
         for name, p in self.named_parameters():
             if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
@@ -258,7 +259,7 @@ class GPT(nn.Module):
 
     def next_logits(self, idx, cache=None):
         """What follows idx (B, T): the last position's logits in fp32, for the tokens that may be drawn, (B, V)."""
-        return self.lm_head(self.hidden(idx, cache)[:, -1])[:, :self.drawable].float()
+        return self.lm_head(self.hidden(idx, cache)[:, -1])[:, :self.drawable].float()            # (B, V)
 
     def check_prompt(self, idx):
         if idx.dim() != 2 or not idx.numel():

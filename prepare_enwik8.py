@@ -12,13 +12,12 @@ import gzip
 import hashlib
 import os
 import signal
-import sys
 import zlib
 
 import numpy as np
 
-from configurator import configure, fail
-from data import download, encode_all, make_tokenizer, pieces, unzip, write_dataset
+from configurator import check, configure, fail
+from data import download, encode_all, make_tokenizer, pieces, unzip, write_prepared
 
 tokenizer = 'byte'   # 'byte' or 'gpt2'
 input = ''           # a local copy, instead of the download: .zip, .gz or the text itself
@@ -31,8 +30,7 @@ ZIP_SIZE, ZIP_SHA256 = 36_445_475, '547994d9980ebed1288380d652999f38a14fe291a624
 SIZE, SHA256 = 100_000_000, '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
 
 names = {'byte': 'enwik8', 'gpt2': 'enwik8_gpt2'}
-if tokenizer not in names:
-    fail(f'tokenizer={tokenizer!r}: allowed are {", ".join(names)}; type --tokenizer=byte')
+check(dict(tokenizer=tokenizer), tokenizer=tuple(names))
 folder = os.path.join(data_dir, names[tokenizer])
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; a download goes on where it stopped
 path = input or os.path.join(data_dir, 'enwik8', 'enwik8.zip')
@@ -86,9 +84,5 @@ def encoded(part):
 
 cuts = [0, boundary(0.9), boundary(0.95), len(raw)]
 parts = {split: raw[start:end] for split, start, end in zip(('train', 'val', 'test'), cuts, cuts[1:])}
-try:
-    meta = write_dataset(folder, {split: encoded(part) for split, part in parts.items()}, vocabulary, source)
-except OSError as error:
-    fail(f'{folder} cannot be written: {error}; type --data_dir=FOLDER for another place')
-counts = ', '.join(f'{split} {info["tokens"]:,}' for split, info in meta['splits'].items())
-print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}' + ' (PARTIAL)' * partial, file=sys.stderr)
+write_prepared(folder, {split: encoded(part) for split, part in parts.items()}, vocabulary, source,
+               more=' (PARTIAL)' * partial)

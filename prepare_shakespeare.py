@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 
-from configurator import configure, fail
-from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_dataset
+from configurator import check, configure, fail
+from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_prepared
 
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
 input = ''           # a local copy of the text, instead of the download
@@ -28,8 +28,7 @@ LONGEST = 1 << 28   # bytes of a text
 SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 names = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
-if tokenizer not in names:
-    fail(f'tokenizer={tokenizer!r}: allowed are {", ".join(names)}; type --tokenizer=char')
+check(dict(tokenizer=tokenizer), tokenizer=tuple(names))
 folder, ready = find_dataset(names[tokenizer], data_dir)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; nothing half-written is left
 source = dict(name='Tiny Shakespeare', url=url, sha256=SHA256, stand_in=False)
@@ -62,7 +61,7 @@ if not source['stand_in'] and source['sha256'] != SHA256:
     source.update(name=os.path.basename(input), url=None)
     print(f'note: {input} is not the Tiny Shakespeare file; taken as it is and recorded under its own name', file=sys.stderr)
 try:
-    text = raw.decode('utf-8')
+    text = raw.decode('utf-8-sig')   # without the mark with which editors on Windows begin a file
 except UnicodeDecodeError as error:
     fail(f'{path} is not UTF-8 (byte {error.start}); convert it first: iconv -f latin1 -t utf-8')
 
@@ -71,10 +70,4 @@ if cut == 0:
     fail(f'{path} is too short to split: it has {len(text)} characters; use a text of some thousands')
 parts = dict(train=text[:cut], val=text[cut:])
 vocabulary = make_tokenizer(tokenizer, text)
-try:
-    meta = write_dataset(folder, {split: encode_all(vocabulary, pieces([part])) for split, part in parts.items()},
-                         vocabulary, source)
-except OSError as error:
-    fail(f'{folder} cannot be written: {error}; type --data_dir=FOLDER for another place')
-counts = ', '.join(f'{split} {info["tokens"]:,}' for split, info in meta['splits'].items())
-print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}', file=sys.stderr)
+write_prepared(folder, {split: encode_all(vocabulary, pieces([part])) for split, part in parts.items()}, vocabulary, source)

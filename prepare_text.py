@@ -19,15 +19,14 @@ import itertools
 import json
 import os
 import shlex
-import signal
 import sys
 import zlib
 
 from tqdm import tqdm
 
 import data
-from configurator import configure, fail
-from data import encode_all, find_dataset, make_tokenizer, pieces, write_dataset
+from configurator import configure, exit_on_signals, fail
+from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepared
 
 input = ''           # a file, a folder (all its .txt, .md, .jsonl, also .gz of these), or a pattern in quotes
 name = ''            # of the dataset: a folder in data_dir
@@ -60,8 +59,7 @@ else:
         fail(f'--input={input}: there is no such file, folder or match of a pattern (in quotes: "texts/*.txt"); {again}')
 if os.path.exists(folder) and any(os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep) for path in paths):
     fail(f'{folder} holds the input and would be written to; type --name for another, or move the input')
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: sys.exit(128 + number))   # and what is half-written is removed
+exit_on_signals()   # and what is half-written is removed
 
 
 def stop(message):
@@ -163,17 +161,12 @@ cut = min(max(1, int((1 - val_fraction) * characters)), characters - 1)
 if tokenizer == 'char':
     vocabulary = make_tokenizer('char', ''.join(sorted(symbols | {'\n'} if documents > 1 else symbols)))
 source = dict(name=input, url=None, sha256=digest.hexdigest(), stand_in=False, files=len(paths), documents=documents)
-try:
-    with tqdm(desc='tokenizing', total=2 * sum(sizes), unit='B', unit_scale=True, leave=False, disable=None) as bar:
-        splits = {split: encode_all(vocabulary, pieces(texts(split, lambda block: bar.update(len(block)))))
-                  for split in ('train', 'val')}
-        meta = write_dataset(folder, splits, vocabulary, source, shard_tokens)
-except OSError as error:
-    fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
+with tqdm(desc='tokenizing', total=2 * sum(sizes), unit='B', unit_scale=True, leave=False, disable=None) as bar:
+    splits = {split: encode_all(vocabulary, pieces(texts(split, lambda block: bar.update(len(block)))))
+              for split in ('train', 'val')}
+    meta = write_prepared(folder, splits, vocabulary, source, shard_tokens,
+                          f'; of {documents:,} document{"s" * (documents != 1)}, {sum(sizes):,} bytes')
 
-counts = ', '.join(f'{split} {info["tokens"]:,} in {len(info["sha256"])} file(s)' for split, info in meta['splits'].items())
-print(f'{folder}: {documents:,} document(s), {sum(sizes):,} bytes; {meta["vocab_size"]:,} symbols; tokens: {counts}',
-      file=sys.stderr)
 where = f' --data_dir={shlex.quote(data_dir)}' * (data_dir != 'data')
 if min(info['tokens'] for info in meta['splits'].values()) <= 65:
     print('note: so little text needs a smaller --block_size, or a larger --val_fraction', file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -120,7 +121,7 @@ def check_memory(parameters, tokens):
 
 
 @contextlib.contextmanager
-def memory(batch_size, gradient_accumulation_steps, block_size, device):
+def explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
     """Fails where what is in it runs out of memory, with the settings that do the same with less."""
     try:
         yield
@@ -152,8 +153,8 @@ def find_dtype(name, device):
 def find_compile(choice, device, pays=None):
     """(compile or not, why). 'auto' is on where it pays and a first small function compiles.
 
-    pays: None for training, where it does on CUDA and Linux; on a processor it gains a few percent and costs tens of seconds
-    (results/negative.md)."""
+    pays: None for training, where it does on CUDA and Linux; on a processor it gains a few percent at best, with dropout it
+    loses a sixth, and it costs tens of seconds (results/negative.md)."""
     if type(choice) is not bool and choice != 'auto':
         fail(f'compile={choice}: allowed are auto, True, False; type --compile=auto')
     if choice is False or choice == 'auto' and (pays is False or pays is None and device == 'cpu'):
@@ -184,8 +185,8 @@ def set_up(device, dtype, compile, deterministic=False, pays=None):
     dtype = find_dtype(dtype, device)
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)   # where streams and CUDA graphs are made
-    # fp32 products: TF32 on a GPU; on AMD processors oneDNN instead of MKL's generic path, still fp32, 1.2 to 2.9 times
-    # faster; on an AMX Xeon this rounds to bf16 (pytorch PR #116015)
+    # fp32 products: TF32 on a GPU; on AMD processors oneDNN instead of MKL's generic path, still fp32: steps of larger nets
+    # 1.2 times as fast, of the smallest no faster (results/speed.md); on an AMX Xeon this rounds to bf16 (pytorch PR #116015)
     torch.set_float32_matmul_precision('highest' if deterministic else 'high' if device.startswith('cuda') else 'medium')
     torch.set_flush_denormal(True)
     if deterministic:
@@ -250,7 +251,7 @@ def peak_flops(device):
     if not device.startswith('cuda'):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf'\b{known}\b', name)), None)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------
@@ -294,12 +295,12 @@ def join_ranks(backend, device):
         torch.cuda.set_device(device)
     rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     store = _fresh_store(rank, ranks) if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else None
-    dist.init_process_group('nccl' if device.startswith('cuda') and backend != 'gloo' else 'gloo', store=store,
-                            rank=rank, world_size=ranks)
+    nccl = device.startswith('cuda') and backend != 'gloo'   # gloo beside it for agree, which then waits for no GPU
+    dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', store=store, rank=rank, world_size=ranks)
     return rank, ranks, device
 
 
-def begun(mark=False):
+def started_before(mark=False):
     """Whether an earlier attempt under the same torchrun (--max-restarts) got so far as to mark the run as its own."""
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
@@ -364,11 +365,11 @@ def total(values, device):
     return summed.tolist()
 
 
-def agree(values, device):
+def agree(values):
     """The largest of each number over all ranks, so that all of them take the same turn."""
     if not dist.is_initialized():
         return values
-    largest = torch.tensor(values, device=device if device.startswith('cuda') else 'cpu')
+    largest = torch.tensor(values)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
@@ -445,6 +446,7 @@ def mean_loss(model, batches, device, dtype):
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------
+
 
 class Signals:
     """SIGINT and SIGTERM, noted instead of obeyed, so that the step can be finished and saved."""

@@ -3,7 +3,7 @@ Write text with a trained model.
 
     python sample.py --start "ROMEO:"                    # a prompt
     python sample.py --start=FILE:prompt.txt             # from a file, or - for standard input
-    python sample.py --checkpoint=out/last.pt --temperature=0 --num_samples=3
+    python sample.py --checkpoint=out/last.pt --temperature=1 --num_samples=3
     python sample.py --init_from=gpt2 --start="Hello,"   # Hugging Face's weights
 
 Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it is generated.
@@ -82,10 +82,10 @@ if beyond > 0:
     say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size:,}: the window moves with each of them and '
         f'is read anew, which is slow')
 
-heads = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
-decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in heads]   # hold a character back until it is whole
+titles = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
+decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in titles]   # hold a character back until it is whole
 held = [''] * num_samples      # of each text what may be the beginning of `stop`
-later = heads[:]               # and what is printed when the texts before it are
+later = titles[:]               # and what is printed when the texts before it are
 ended = [False] * num_samples
 
 
@@ -96,7 +96,7 @@ def add(i, text):   # the first text is shown as it is written, the others after
         later[i] += text
 
 
-add(0, heads[0])
+add(0, titles[0])
 chance = chances([seed + i for i in range(num_samples)], max_new_tokens).to(device)                # (B, new)
 stream = functools.partial(decoding.graph_stream, model) if device.startswith('cuda') else model.stream
 with runtime.autocast(device, 'float32' if device == 'cpu' else dtype):   # a narrowed model needs none there

@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +34,7 @@ from runtime import perplexity, say
 out_dir = 'out'              # folder of checkpoints and logs
 init_from = 'scratch'        # 'scratch', 'resume' (out_dir/last.pt), or 'gpt2', another hub name or folder of Hugging Face's
 eval_interval = 2000         # optimizer steps between evaluations, each followed by a save
-eval_iters = 200             # batches an evaluation looks at, the same ones every time; the last one takes the whole split
+eval_iters = 200             # batches each evaluation looks at, always the same; the last evaluation takes the whole split
 eval_only = False            # evaluate the whole validation split and stop
 always_save_checkpoint = True  # False: an evaluation writes last.pt only if the loss improved (the end always writes)
 checkpoint_interval = 0      # also write last.pt every so many optimizer steps, 0 for never
@@ -67,7 +66,7 @@ pos = 'learned'              # positions: 'learned', 'rope' or 'none'
 norm = 'pre'                 # layer norm: 'pre', 'post' or 'none'
 residual = True              # x + f(x), else f(x)
 qk_norm = False              # normalise queries and keys
-activation = 'gelu'          # 'gelu' or 'relu2'
+activation = 'gelu'          # 'gelu', 'gelu_erf' (nanoGPT's) or 'relu2'
 zero_init = False            # residual branches and an untied head start at 0
 flash = True                 # fused attention, else the explicit formula
 label_smoothing = 0.0        # share of the target spread over the vocabulary, in training only
@@ -87,21 +86,21 @@ decay_lr = True              # warm up and decay, else a constant rate
 warmup_iters = 2000          # steps of linear warm-up
 lr_decay_iters = None        # step at which the rate reaches min_lr; None: max_iters
 cooldown = 0.0               # share of these steps, the last ones, in which it falls linearly; 0: cosine after warm-up
-min_lr = 6e-5                # the rate at the end
+min_lr = 6e-5                # AdamW's rate at the end; Muon's ends at the same share of its peak
 # machine
 shard = False                # under torchrun: split parameters, gradients and optimizer over the ranks (FSDP2)
 backend = 'auto'             # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
-cuda_graph = False           # on one GPU: record the step once and replay it, for nets whose launching takes longer
+cuda_graph = False           # on one GPU: record the step once and replay it, for nets that run faster than they are launched
 knobs, given = configure(globals(), runtime.find_device)
 begun = time.perf_counter()
 signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
-resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given, device)
+resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # of the run that goes on, or of the model that is trained further
 check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
       seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, weight_decay=0,
@@ -122,10 +121,8 @@ if gradient_accumulation_steps % ranks:
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 prepare_missing(dataset, data_dir, prepare)
-if signals.caught:
-    sys.exit(128 + signals.caught)
-if ranks > 1:
-    dist.barrier()
+if caught := runtime.agree([signals.caught])[0]:   # which also waits for the rank that prepares
+    sys.exit(128 + caught)
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
@@ -155,7 +152,11 @@ fast.speed_up(model)
 optimizers, parts = fast.make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
 
+micro_steps = gradient_accumulation_steps // ranks   # of this rank
+sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
+tokens_per_step = sequences * block_size
 step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
+unseen = []   # step, loss and gradient norm of the steps since the last look
 if resumed:
     step, seconds, skipped = (resumed[key] for key in ('iter_num', 'seconds', 'skipped'))
     best_val_loss = checkpoint.best_loss(out_dir, float(resumed['best_val_loss']))
@@ -182,11 +183,10 @@ def micro_step(x, y, sync=True):
         model.set_requires_gradient_sync(sync)
     elif ranks > 1:
         trained.require_backward_grad_sync = sync
-    with runtime.memory(batch_size, gradient_accumulation_steps, block_size, device):
-        with runtime.autocast(device, dtype):
-            _, loss = trained(x, y)
-        with torch.autocast(device.partition(':')[0], enabled=False):
-            scaler.scale(loss / micro_steps).backward()
+    with runtime.autocast(device, dtype):
+        _, loss = trained(x, y)
+    with torch.autocast(device.partition(':')[0], enabled=False):
+        scaler.scale(loss / micro_steps).backward()
     return loss.detach()
 
 
@@ -213,7 +213,7 @@ def update(batches):
 
 
 def schedule(step):
-    """Share of the peak rate: linear warm-up, cosine decay (or none, and then a linear one), then min_lr."""
+    """Share of the peak rate: linear warm-up, then cosine decay, or with cooldown a constant and a linear fall; then min_lr."""
     if not decay_lr:
         return 1.0
     floor = min_lr / learning_rate if learning_rate else 1.0
@@ -261,9 +261,6 @@ def stop_not_finite(step, what):
 
 
 # ---- before the first step: what is about to happen ----------------------------------------------------------------
-micro_steps = gradient_accumulation_steps // ranks   # of this rank
-sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
-tokens_per_step = sequences * block_size
 say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training tokens, '
     f'{tokens_per_step / max(len(windows) * block_size, 1):.3g} epochs a step')
 say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accumulation_steps} accumulation '
@@ -274,7 +271,7 @@ log, last_path = checkpoint.RunLog(out_dir), os.path.join(out_dir, 'last.pt')
 if rank == 0 and not eval_only:
     facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
     log.begin(step if init_from == 'resume' else None, knobs, facts)
-    runtime.begun(mark=True)
+    runtime.started_before(mark=True)
 if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
@@ -283,7 +280,8 @@ if eval_only:
 if step < max_iters:
     for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
         started = time.perf_counter()
-        float(micro_step(*load(step * sequences)))
+        with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
+            float(micro_step(*load(step * sequences)))
     model.zero_grad(set_to_none=True)
     say(f'estimated time: {runtime.clock((time.perf_counter() - started) * micro_steps * (max_iters - step))} '
         f'for {max_iters - step:,} steps, evaluations apart')
@@ -298,7 +296,6 @@ elif cuda_graph:
 model.train()
 peak = runtime.peak_flops(device)
 logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
-unseen = []   # step, loss and gradient norm of the steps since the last look
 while True:
     val_loss, last = None, step >= max_iters
     if step % eval_interval == 0 or last:
@@ -333,7 +330,7 @@ while True:
         plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
     due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
                                 bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
-    caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)], device)
+    caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)])
     if caught or due:
         saved, saved_at = save('last.pt'), time.monotonic()
     if caught and saved:
@@ -347,7 +344,9 @@ while True:
     rate = schedule(step)
     for opt in optimizers:
         fast.set_rate(opt, rate)
-    loss, grad_norm = step_once([load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)])
+    batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]
+    with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
+        loss, grad_norm = step_once(batches)
     skipped += scaler.is_enabled() and not bool(torch.isfinite(grad_norm))
 
     unseen.append((step, loss, grad_norm))

@@ -1,5 +1,5 @@
-# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters. The rest is train.py's defaults, which are the
-# recipe that train_gpt2.py writes out.
+# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters, and 36,096 of padding. The rest is train.py's
+# defaults, which are the recipe that train_gpt2.py writes out.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_nobias.py
 
 out_dir = 'out-gpt2-nobias'

@@ -21,7 +21,7 @@ configure(globals())
 
 
 def show(name, t):
-    """A tensor's name, shape and, of its last two dimensions, the upper left corner."""
+    """A tensor's name, its shape, and the first six numbers of its first row."""
     print(f'{name:14} {str(tuple(t.shape)):14}', end='')
     corner = t.detach()
     while corner.dim() > 1:

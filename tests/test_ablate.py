@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-TINY = '--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 --warmup_iters=0 ' \
+TINY = '--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 --warmup_iters=0 ' \
        '--eval_iters=2 --dtype=float32 --dataset=mini'
 FLAGS = ['--device=cpu', f'--flags={TINY}']
 HEADS = [*FLAGS, '--variants=1 head, 4 heads', '--seeds=2']

@@ -319,6 +319,10 @@ def test_out_of_memory_names_the_next_sizes(mini, refused, monkeypatch):
     refused('train.py', *TINY, '--batch_size=6', '--gradient_accumulation_steps=5',
             words=['batch_size=6', '--batch_size=3 --gradient_accumulation_steps=10'])
     refused('train.py', *TINY, '--batch_size=1', words=['--grad_checkpointing'])
+    monkeypatch.undo()
+    monkeypatch.chdir(mini)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', full)   # which takes the memory of its moments at the first step
+    refused('train.py', *TINY, '--batch_size=6', '--out_dir=other', words=['--batch_size=3 --gradient_accumulation_steps=2'])
 
 
 def test_out_of_memory_is_not_any_error(mini, script, monkeypatch):

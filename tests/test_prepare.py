@@ -212,6 +212,8 @@ def test_byte_order_mark(folder, script):
     Path('a.txt').write_bytes('\ufeffabc'.encode() * 1 + b'abc' * 99)
     assert script('prepare_text.py', '--input=a.txt', '--name=mine').code == 0
     assert Dataset('mine').tokenizer.chars == 'abc'
+    assert script('prepare_shakespeare.py', '--input=a.txt').code == 0
+    assert Dataset('shakespeare_char').tokenizer.chars == 'abc'
 
 
 def test_half_of_a_surrogate_pair(folder, script):

@@ -83,7 +83,7 @@ def home(tmp_path_factory):
     alphabet, text = ''.join(sorted(set(text))), text[:30000]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-        for name, tokenizer in dict(shakespeare_char=CharTokenizer(alphabet), shakespeare=GPT2Tokenizer(), enwik8=ByteTokenizer(),
+        for name, tokenizer in dict(shakespeare_char=CharTokenizer(alphabet), shakespeare=GPT2Tokenizer(), shakespeare_byte=ByteTokenizer(), enwik8=ByteTokenizer(),
                                     enwik8_gpt2=GPT2Tokenizer()).items():
             parts = dict(train=text[:24000], val=text[24000:27000], test=text[27000:])
             write_dataset(str(home / 'data' / name), {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()

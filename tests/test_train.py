@@ -438,7 +438,8 @@ def test_processor_is_read():
 def test_mfu_is_of_a_known_peak_only(monkeypatch):
     assert runtime.peak_flops('cpu') is None
     for name, peak in (('NVIDIA H200', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('Tesla T4', 65e12), ('NVIDIA L4', 121e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce GTX 1080', None)):
+                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce GTX 1080', None), ('NVIDIA L40', None), ('NVIDIA T400', None),
+                       ('NVIDIA RTX A1000', None), ('NVIDIA GeForce RTX 4090', 165e12)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, n=name: n)
         assert runtime.peak_flops('cuda') == peak
 
