@@ -164,7 +164,7 @@ if not report:
             fail(f'{file} has runs of {name!r} with {key}={had.get(key)}, which is now {now.get(key)}, and the two are not '
                  f'mixed; type --results=FOLDER for another place')
     elsewhere = [run for other in sorted(glob.glob(os.path.join(results, '*.json'))) if other != file
-                 for run in read(other)['runs'] if run['status'] == 'done']   # whose equal runs need not be run again
+                 for run in read(other)['runs'] if 'dtype' in run]   # trained to the end: equal runs need not be run again
     found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=changes, runs=found['runs'])
 
 

@@ -121,6 +121,9 @@ def test_counted_baselines(mini, script):
     bigram = -sum(math.log((pairs.get(pair, 0) + 1) / (firsts.get(pair[0], 0) + V))
                   for pair in zip(val, val[1:])) / (len(val) - 1)
     assert found['counted unigram', 1] == pytest.approx(alone) and found['counted bigram', 1] == pytest.approx(bigram)
+    # what is counted is no run of training, whatever its flags
+    assert script('ablate.py', 'norm', *FLAGS, '--variants=pre', '--seeds=1').code == 0
+    assert 'dtype' in results('norm')['runs'][0] and losses('norm')['pre', 1] != found['uniform', 1]
 
 
 def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
