@@ -327,7 +327,7 @@ if what == 'train':
     bench_train()
 else:
     net = '124M' if net == 'auto' else net
-    check(knobs, net=tuple(NETS))
+    check(dict(net=net), net=tuple(NETS))
     config, batches = GPTConfig(**NETS[net]), numbers('batch', batch or '1,8,64', 4096)
     if tokens >= config.block_size:
         fail(f'tokens={tokens}: the {net} net has block_size={config.block_size}; type --tokens={config.block_size // 2}')

@@ -21,7 +21,7 @@ def test_greedy_text_is_the_argmax(sample, trained):
     """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     net = checkpoint.build_model(loaded, '').eval()
-    tokenizer = checkpoint.find_tokenizer(loaded, '', net)
+    tokenizer = checkpoint.find_tokenizer(loaded, '', net, 'data')
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
