@@ -204,9 +204,9 @@ def interrupted(number, frame):
 def counted_loss(how):
     """Exact nats per token of the validation split under frequencies of the training text, each count and one more."""
     data, V = opened[setting['dataset']][0], opened[setting['dataset']][0].vocab_size
-    splits = [[shard.astype(np.int64) for shard in data.split(part)] for part in ('train', 'val')]
     if how == 'uniform':
         return math.log(V)
+    splits = [[shard.astype(np.int64) for shard in data.split(part)] for part in ('train', 'val')]
     before = [np.concatenate([shard[:-1] for shard in split]) * (how == 'bigram') for split in splits]
     after = [np.concatenate([shard[1:] for shard in split]) for split in splits]
     counts = np.ones((V, V))

@@ -69,8 +69,9 @@ except ValueError as error:
 if dataset:
     data = open_dataset(dataset, data_dir, needs=('val',))
     checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
-dataset = dataset or str(its_knobs.get('dataset', ''))
-data = with_split(dataset, tokenizer, data_dir)
+else:
+    dataset = str(its_knobs.get('dataset', ''))
+    data = with_split(dataset, tokenizer, data_dir)
 
 notes, L, nh = [], config.n_layer, config.n_head
 

@@ -447,7 +447,6 @@ def mean_loss(model, batches, device, dtype):
 
 # ---- signals -------------------------------------------------------------------------------------------------------
 
-
 class Signals:
     """SIGINT and SIGTERM, noted instead of obeyed, so that the step can be finished and saved."""
 
