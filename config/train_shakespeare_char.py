@@ -12,9 +12,10 @@ if device == 'cpu':
     dropout = 0.0         # three epochs do not overfit a net this small
     optimizer = 'muon'    # at AdamW's loss in about half the steps (results/ablations)
     muon_learning_rate = 0.02
-    learning_rate = 1.2e-2   # for embeddings, norms and biases, AdamW's share
+    learning_rate = 8e-3     # for embeddings, norms and biases, AdamW's share
     min_lr = 0.0
-    weight_decay = 0.0
+    weight_decay = 0.1
+    beta2 = 0.99          # few tokens a step: a longer memory
     warmup_iters = 50
     max_iters = 1500
     eval_interval = 250
