@@ -79,7 +79,7 @@ STUDIES = {
         '8 layers': dict(n_layer=8), '8 layers without': dict(n_layer=8, residual=False, against='8 layers')}),
     'positions': ('learned', {'learned': {}, 'rope': dict(pos='rope'), 'none': dict(pos='none')}),
     'tokenizer': ('char', {   # of GPT-2's tokens, which are 3.3 characters, fewer at a time: all see as much text
-        'char': {}, 'byte': dict(dataset='shakespeare_byte'),
+        'char': dict(dataset='shakespeare_char'), 'byte': dict(dataset='shakespeare_byte'),
         'gpt2': dict(dataset='shakespeare', batch_size=19 if full else 10)}),
     'dropout': ('0.0', {'0.0': dict(dropout=0.0), '0.1': dict(dropout=0.1), '0.2': dict(dropout=0.2)}),
     'regularization': ('none', {
@@ -114,6 +114,9 @@ for word in shlex.split(flags):
     if not found or found[1] in ('seed', 'out_dir', 'device', 'init_from', 'data_dir'):
         fail(f'flags={word!r}: allowed are --key=value of train.py, but for seed, out_dir, device, data_dir and init_from; '
              f'type --flags="--max_iters=500"')
+    if found[1] not in SETTING and any(found[1] in has for has in every.values()):   # those rows without it would be misnamed
+        fail(f'flags={word!r}: {study} varies {found[1]} itself; allowed are knobs that it leaves alone; type '
+             f'--flags="--max_iters=500"')
     typed[found[1]] = found[2]
 setting = {key: str(value) for key, value in (SETTING | typed).items()}
 changes = {name: {key: str(value) for key, value in has.items()} for name, has in every.items()}

@@ -209,30 +209,30 @@ def sentence(row):
     return said + f', spreads {share(row["entropy_share"])} as widely as it could'
 
 
-def name(row):
+def label(row):
     return f'{row["layer"]}.{row["head"]}'
 
 
 by_layer = [statistics.mean(row['distance'] for row in heads if row['layer'] == i) for i in range(L)]
 findings = ['Mean distance looked back, layer by layer: ' + ', '.join(f'{d:.1f}' for d in by_layer) + ' tokens.']
 narrow, wide = (extreme(heads, key=lambda row: row['entropy_share']) for extreme in (min, max))
-findings.append(f'Head {name(narrow)} chooses most sharply, with {share(narrow["entropy_share"])} of the entropy it could '
-                f'have' + f'; head {name(wide)} least, with {share(wide["entropy_share"])}' * (len(heads) > 1) + '.')
+findings.append(f'Head {label(narrow)} chooses most sharply, with {share(narrow["entropy_share"])} of the entropy it could '
+                f'have' + f'; head {label(wide)} least, with {share(wide["entropy_share"])}' * (len(heads) > 1) + '.')
 for key, words_for in (('diagonal', 'itself'), ('previous', 'the token before'), ('first', 'token 0')):
     row = max(heads, key=lambda row: row[key])
-    findings.append(f'Head {name(row)} puts {share(row[key])} on {words_for}, the most of all heads.')
+    findings.append(f'Head {label(row)} puts {share(row[key])} on {words_for}, the most of all heads.')
 row = max(heads, key=lambda row: row['stripe'])
-findings.append(f'The brightest column is token {row["stripe_at"]} in head {name(row)}, with {share(row["stripe"])}.')
+findings.append(f'The brightest column is token {row["stripe_at"]} in head {label(row)}, with {share(row["stripe"])}.')
 for role in roles:
     found = sorted((row for row in heads if row['called'] == role), key=lambda row: -row[f'role_{role}'])
     if found:
-        named = ', '.join(f'{name(row)} ({share(row[f"role_{role}"])})' for row in found[:5])
+        named = ', '.join(f'{label(row)} ({share(row[f"role_{role}"])})' for row in found[:5])
         findings.append(f'{role.capitalize()} heads: {named}' + f' and {len(found) - 5} more' * (len(found) > 5) + '.')
 if not any(row['called'] for row in heads):
     findings.append(f'No head puts {share(inside.NAMED)} or more where one of the four roles looks.')
 row = max(heads, key=lambda row: abs(row['change']))
 bounds = '' if row['change_low'] is None else f' (95 %: {row["change_low"]:.4f} to {row["change_high"]:.4f})'
-findings.append(f'Taking out head {name(row)} changes the loss the most: {row["change"]:+.4f} nats a token{bounds}.')
+findings.append(f'Taking out head {label(row)} changes the loss the most: {row["change"]:+.4f} nats a token{bounds}.')
 if bounds:
     missed = sum(not row['change_low'] <= 0 <= row['change_high'] for row in heads)
     findings.append(f'{missed} of {len(heads)} heads make a difference when taken out, by intervals that do not hold 0, as 1 '

@@ -120,14 +120,9 @@ def ours(precision):
 
 
 def transformers_peer(precision):
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel  # here: only this peer needs it
-    except ImportError:
-        fail('peer=transformers needs the package transformers; type pip install -r requirements-dev.txt')
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(
-        n_positions=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, bos_token_id=None, eos_token_id=None)).eval().to(device, getattr(torch, precision))
+    model = checkpoint.transformers_gpt2(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd,
+                                         0.0).eval().to(device, getattr(torch, precision))
 
     class Clock:   # what generate calls a streamer: put() gets the prompt, then each token
         def __init__(self):

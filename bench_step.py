@@ -41,7 +41,7 @@ compile = 'auto'       # ours: as train.py; nanoGPT compiles on a GPU, as shippe
 knobs, _ = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it, and whoever started it says so
 wait = functools.partial(runtime.wait, device)
-answers = os.fdopen(os.dup(1), 'w')
+answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')
 os.dup2(2, 1)   # whatever a peer prints goes to stderr
 
 check(knobs, optimizer=('adamw', 'muon'), batch_size=1, seed=0)
@@ -86,7 +86,7 @@ if who == 'ours':
     tokens = torch.randint(min(vocab_size, 256), (max(1_000_000, 8 * batch_size * block_size),), generator=random_tokens)
     os.makedirs(os.path.join(folder.name, 'random'))
     tokens.numpy().astype('<u2').tofile(os.path.join(folder.name, 'random', 'train.bin'))
-    with open(os.path.join(folder.name, 'random', 'meta.json'), 'w') as f:
+    with open(os.path.join(folder.name, 'random', 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(tokenizer=ByteTokenizer().state(), dtype='uint16', splits={}, source={}), f)
     windows = TrainingWindows(Dataset('random', folder.name), 'train', block_size, seed)
 
@@ -94,19 +94,13 @@ if who == 'ours':
         with runtime.autocast(device, dtype):
             return trained(x, y)[1]
 elif who == 'transformers':
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel  # here: only this peer needs it
-    except ImportError:
-        fail('peer=transformers needs the package transformers; type pip install -r requirements-dev.txt')
-    trained = model = GPT2LMHeadModel(GPT2Config(
-        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None, use_cache=False)).to(device).train()
+    trained = model = checkpoint.transformers_gpt2(block_size, vocab_size, n_layer, n_head, n_embd, dropout).to(device).train()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)]   # its Trainer's
     dtype, compile = 'bfloat16' if dtype == 'bfloat16' else 'float32', False
 
     def loss_of(x, y):
         with runtime.autocast(device, dtype):   # as its Trainer with bf16=True
-            return model(input_ids=x, labels=x).loss   # shifts the labels itself
+            return model(input_ids=x, labels=x, use_cache=False).loss   # shifts the labels itself
 else:
     path, dtype, compile = who.partition(':')[2], 'float32', device.startswith('cuda')
     model = checkpoint.nanogpt(path, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias).to(device)

@@ -123,7 +123,7 @@ def open_folder(out_dir, rank):
         for name in OWN:
             if os.path.isdir(os.path.join(out_dir, name)):
                 raise IsADirectoryError(0, f'{name} is a folder')
-        with open(os.path.join(out_dir, f'.{rank}.part'), 'w') as f:
+        with open(os.path.join(out_dir, f'.{rank}.part'), 'w', encoding='utf-8') as f:
             os.remove(f.name)
     except OSError as error:
         fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
@@ -149,7 +149,7 @@ class RunLog:
             with open(os.path.join(self.out_dir, 'config.json'), 'w', encoding='utf-8') as f:
                 json.dump(knobs | facts | dict(versions=versions, machine=platform.platform()), f, indent=1)
             before = [row for row in read_log(self.path) if step is not None and int(row['iter']) < step]
-            with open(self.path + '.part', 'w', newline='') as f:
+            with open(self.path + '.part', 'w', newline='', encoding='utf-8') as f:
                 writer = csv.DictWriter(f, self.columns, extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(before)
@@ -162,7 +162,7 @@ class RunLog:
         if self.lock:
             row = {key: format(value, self.columns[key]) for key, value in row.items() if value is not None}
             try:
-                with open(self.path, 'a', newline='') as f:
+                with open(self.path, 'a', newline='', encoding='utf-8') as f:
                     csv.DictWriter(f, self.columns).writerow(row)
             except OSError as error:
                 say(f'iter {row["iter"]}: {self.path} could not be written ({error.strerror})')
@@ -427,3 +427,14 @@ def nanogpt(folder, *shape):
     except (Exception, SystemExit) as error:   # it is whatever a file holds
         fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type '
              f'--peer=nanogpt:PATH')
+
+
+def transformers_gpt2(block_size, vocab_size, n_layer, n_head, n_embd, dropout):
+    """transformers' GPT-2 of a shape with random weights, to be measured beside."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel  # here: only this peer needs it
+    except ImportError:
+        fail('peer=transformers needs the package transformers; type pip install -r requirements-dev.txt')
+    return GPT2LMHeadModel(GPT2Config(
+        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None))

@@ -312,7 +312,7 @@ def started_before(mark=False):
 
 def lock(folder):
     """A file in folder that is locked as long as it is kept open; fails where another run has it open."""
-    file = open(os.path.join(folder, '.lock'), 'w')
+    file = open(os.path.join(folder, '.lock'), 'w', encoding='utf-8')
     try:
         import fcntl  # not on Windows
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,7 +38,7 @@ def ours(flags, seed):
     done = subprocess.run([sys.executable, *command.split()[1:]], capture_output=True, text=True, check=True, cwd=HERE)
     wall = time.perf_counter() - started
     steps, loss = re.findall(r'done: ([\d,]+) steps.*val loss ([\d.]+) nats', done.stderr)[0]
-    with open(os.path.join(HERE, 'out-times', 'log.csv')) as f:
+    with open(os.path.join(HERE, 'out-times', 'log.csv'), encoding='utf-8') as f:
         seconds = float(f.read().splitlines()[-1].split(',')[-1])
     print(f'    seed {seed}: {loss} nats, {seconds:.1f} s of training, {wall:.1f} s in all, {steps} steps', flush=True)
     return float(loss), seconds, wall, command
