@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import decoding
 import model as gpt
 
+pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')   # as find_compile does, for torch's own imports
 KINDS = [{}, dict(pos='rope'), dict(pos='none'), dict(n_head=3, n_embd=24), dict(norm='post'), dict(residual=False),
          dict(qk_norm=True, activation='relu2', tie_weights=False, bias=False)]
 
