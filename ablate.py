@@ -4,7 +4,7 @@ Studies: what one choice is worth, all else equal, over several seeds. train.py 
     python ablate.py list                     # the studies and their variants
     python ablate.py heads                    # three seeds each, about two minutes a run on two cores
     python ablate.py heads --seeds=5          # goes on with those that are there
-    python ablate.py heads --full             # the setting of published studies, for a GPU; every one there is works
+    python ablate.py heads --full             # the setting of published studies, for a GPU; all there are work at once
     python ablate.py heads --report           # table and picture once more, from heads.json alone
 
 Reads data/<dataset>/; writes NAME.json (every run), NAME.md and NAME.png into results. Interrupted, it goes on where it was.
@@ -32,7 +32,7 @@ from scipy import stats
 import plots
 import runtime
 from configurator import check, configure, fail
-from data import PREPARE, open_dataset, token_sizes
+from data import how_to_make, open_dataset, token_sizes
 from runtime import say
 
 study = ''            # which one; may be typed first, without --study=
@@ -135,7 +135,7 @@ for name in chosen:
         data = open_dataset(dataset, data_dir)
         if data.stand_in_banner():
             fail(f'{data.folder} is a stand-in, and a study of it would be taken for one of the real text; make it anew: '
-                 f'{PREPARE.get(dataset, "see the prepare scripts")}')
+                 f'{how_to_make(dataset)}')
         val = np.concatenate([shard[1:] for shard in data.split('val')])   # the first of each is given, not predicted
         hashed = hashlib.sha256(b''.join(shard.tobytes() for part in ('train', 'val') for shard in data.split(part)))
         opened[dataset] = data, hashed.hexdigest()[:16], token_sizes(data.tokenizer)[0][val].mean()
@@ -283,8 +283,11 @@ if not report:
         finally:
             free.put(taken)
 
+    if found['runs']:   # so that --report finds the variants as they are named now
+        keep()
     started = time.perf_counter()
-    say(f'{study}: {len(todo)} run{"s" * (len(todo) != 1)} to do on {", ".join(devices)}, {len(there)} there')
+    say(f'{study}: {len(todo)} run{"s" * (len(todo) != 1)} to do on {", ".join(devices)}, {len(there)} in {file}' +
+        '; to run it anew type --results=FOLDER' * (not todo))
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
         pending = [pool.submit(next_run, *what) for what in todo]
         for done, future in enumerate(concurrent.futures.as_completed(pending), 1):

@@ -72,6 +72,8 @@ if dataset:
 else:
     dataset = str(its_knobs.get('dataset', ''))
     data = with_split(dataset, tokenizer, data_dir)
+if data and data.stand_in_banner():
+    say(data.stand_in_banner())
 
 notes, L, nh = [], config.n_layer, config.n_head
 
@@ -159,7 +161,8 @@ else:
     x, y = cut(idx[0].numpy(), length, max(1, (T - 1) // length))
     measured_on = f'{len(x)} window{"s" * (len(x) > 1)} of {length} tokens of this text'
     note('No validation split here: what heads are worth was measured on the text itself; type --dataset=NAME for one.')
-base, without = inside.head_ablation(model, x, y, lambda layers: tqdm(layers, desc='taking out heads', leave=False))
+base, without = inside.head_ablation(
+    model, x, y, lambda layers: tqdm(layers, desc='taking out heads', leave=False, disable=None))
 for row in heads:
     change = (without[row['layer'], row['head']] - base).double()                                  # (n,)
     row['change'], n = change.mean().item(), len(change)
@@ -235,8 +238,8 @@ bounds = '' if row['change_low'] is None else f' (95 %: {row["change_low"]:.4f} 
 findings.append(f'Taking out head {label(row)} changes the loss the most: {row["change"]:+.4f} nats a token{bounds}.')
 if bounds:
     missed = sum(not row['change_low'] <= 0 <= row['change_high'] for row in heads)
-    findings.append(f'{missed} of {len(heads)} heads make a difference when taken out, by intervals that do not hold 0, as 1 '
-                    f'in 20 would by chance.')
+    findings.append(f'Of {missed} of {len(heads)} heads the interval does not hold 0; of heads worth nothing that would '
+                    f'be so of 1 in 20 by chance.')
 worst = losses.topk(min(12, T - 1)).indices.add(1).tolist()
 expected = [[(text_of(token), chance) for token, chance in zip(*row)] for row in zip(top.indices.tolist(), top.values.tolist())]
 

@@ -18,9 +18,11 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import sys
 import warnings
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 
 import numpy
 import torch
@@ -35,7 +37,7 @@ from runtime import say
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
 TRAINING = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')   # what a finished model is without
-# what a resumed run does not take over: it is of the machine and of the command typed; and no file names a command to run
+# what a resumed run does not take over: it is of the machine and of the command typed; prepare would run what a file says
 MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')
 OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
@@ -208,12 +210,19 @@ def find(out_dir, checkpoint='', names=('best.pt', 'last.pt', 'ckpt.pt')):
          f'or type --out_dir=FOLDER or --checkpoint=FILE')
 
 
+def flag(out_dir):
+    """What a command to be typed needs behind it to find out_dir again."""
+    return '' if out_dir == 'out' else f' --out_dir={shlex.quote(out_dir)}'
+
+
 def load(path):
     """The checkpoint in a file, on the CPU; fails for a file that is damaged or is none of ours or nanoGPT's."""
     try:
         return read(path)
     except Damaged as error:
-        fail(f'{path} {error}; type --checkpoint=FILE or --out_dir=FOLDER for another')
+        last = os.path.join(os.path.dirname(path), 'last.pt')
+        fail(f'{path} {error}; type ' + (f'--checkpoint={shlex.quote(last)}' if path != last and os.path.isfile(last) else
+                                         '--checkpoint=FILE or --out_dir=FOLDER for another'))
 
 
 def load_last(out_dir):
@@ -276,8 +285,8 @@ def read(path):
         reason = str(error).strip().splitlines() or ['']
         if isinstance(error, pickle.UnpicklingError):   # torch's own words are of weights_only and its history
             reason = ['it holds more than tensors and plain values, and nothing in it is run']
-        raise Damaged(f'cannot be read as a checkpoint, it is damaged or none of ours ({type(error).__name__}: '
-                      f'{reason[0][:120]})') from None
+        raise Damaged(f'cannot be read as a checkpoint, it is damaged or none of ours ({type(error).__name__}'
+                      f'{reason[0] and ": "}{reason[0][:120]})') from None
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ('model', 'model_args')):
         raise Damaged('is not a checkpoint of this project: it lacks model or model_args')
     if 'format' in loaded and not sealed:   # ours always are; nanoGPT's have neither
@@ -316,9 +325,10 @@ def from_hub(name, **fields):
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())[:400]
+        near = next(iter(get_close_matches(name, ('resume', 'scratch', 'gpt2'), 1)), 'gpt2') if name != 'gpt2' else 'FOLDER'
         fail(f'init_from={name}: {reason}; allowed are resume, scratch (train.py), gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
              f'distilgpt2, another GPT-2 on huggingface.co, and a folder with config.json and model.safetensors; '
-             f'type --init_from=gpt2')
+             f'type --init_from={near}')
     if tokenizer is None and model.config.vocab_size == 50257:
         tokenizer = make_tokenizer('gpt2')
     if tokenizer:
@@ -328,14 +338,18 @@ def from_hub(name, **fields):
 
 def open_model(init_from, out_dir, checkpoint, data_dir):
     """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
-    init_from='resume' takes the checkpoint named or the best in out_dir, anything else is from_hub's."""
+    init_from='resume' takes the checkpoint named, or the best in out_dir that was trained; anything else is from_hub's."""
     if init_from != 'resume':
         model, tokenizer = from_hub(init_from, dropout=0.0)
         if tokenizer is None:
             fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
         return model, tokenizer, init_from, {}
     path = find(out_dir, checkpoint)
-    loaded = load(path)
+    loaded, last = load(path), os.path.join(out_dir, 'last.pt')
+    if not checkpoint and path != last and loaded.get('iter_num') == 0 and os.path.isfile(last):
+        trained = load(last)   # a run that was stopped before its first evaluation but that of step 0
+        if trained.get('iter_num') and trained.get('val_loss') is None:
+            loaded, path = trained, last
     model = build_model(loaded, path)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
     return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs

@@ -10,6 +10,7 @@ True. They apply from left to right, so the last one wins. `--help` lists the kn
 """
 import ast
 import difflib
+import glob
 import math
 import os
 import re
@@ -108,7 +109,10 @@ def _find_config(word):
     for path in (word, os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), word)):
         if os.path.isfile(path):
             return path
-    fail(f'{word!r} is neither a config file nor a flag: flags are --key=value; type --help for the list')
+    there = glob.glob(os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), 'config', '*.py'))
+    near = difflib.get_close_matches(word, [f'config/{os.path.basename(path)}' for path in there], n=1)
+    fail(f'{word!r} is neither a config file nor a flag: flags are --key=value; ' +
+         (f'did you mean {near[0]}?' if near else 'type --help for the list'))
 
 
 class _Scope(dict):

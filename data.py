@@ -39,6 +39,11 @@ PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'enwik8': 'python prepare_enwik8.py --tokenizer=byte', 'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
 
 
+def how_to_make(name):
+    """The command that makes the dataset of that name."""
+    return PREPARE.get(name, f'python prepare_text.py --input=FILE_OR_FOLDER --name={name} --tokenizer=char')
+
+
 # ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, opening, the text
 # ---- that generation begins with when there is no prompt, and end, the token that ends one -----------------------------
 
@@ -240,7 +245,7 @@ def download(url, path, size, sha256, tries=4):
             os.replace(part, path)
             return
         except (OSError, ValueError) as error:   # requests' own errors are OSErrors too, a malformed URL's a ValueError
-            reason = error
+            reason = getattr(error.args[0], 'reason', error) if error.args else error   # urllib3's, without requests' wrapping
             if isinstance(error, ValueError):
                 break
     if os.path.exists(part):
@@ -403,7 +408,7 @@ class Dataset:
 
     def __init__(self, name, data_dir='data'):
         self.name, self.folder = name, os.path.join(data_dir, name)
-        self.again = f'type {PREPARE.get(name, "its prepare command")} to make it again'
+        self.again = f'type {how_to_make(name)} to make it again'
         try:
             if os.path.exists(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
@@ -473,7 +478,7 @@ class Dataset:
             return ''
         lines = (f'THIS IS NOT {source.get("instead_of", "THE REAL TEXT")}: a stand-in, {source.get("name")}',
                  f'Why: {source.get("reason")}',
-                 f'With a network, replace it: {PREPARE.get(self.name, "prepare it again")}')
+                 f'With a network, replace it: {how_to_make(self.name)}')
         return '\n'.join(('=' * 80, *(line[:300] for line in lines), '=' * 80))
 
 
@@ -495,8 +500,8 @@ def open_dataset(name, data_dir='data', needs=('train', 'val')):
 
 
 def _missing(name, folder, needs=('train', 'val'), why=''):
-    return (f'{folder} has no {" and ".join(f"{split}.bin" for split in needs)}{why}; make it first: '
-            f'{PREPARE.get(name, "see the prepare scripts")}')
+    missing = [f'{split}.bin' for split in needs if not _shards(folder, split)]
+    return f'{folder} has no {" and ".join(missing)}{why}; make it first: {how_to_make(name)}'
 
 
 def with_split(name, tokenizer, data_dir, split='val'):
@@ -552,6 +557,7 @@ def _nanogpt_meta(folder):
     """meta for files prepared by nanoGPT: the characters of its meta.pkl, or GPT-2's BPE without one."""
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
+        print(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, as nanoGPT's are", file=sys.stderr)
         return dict(tokenizer=dict(kind='gpt2'))
     with open(path, 'rb') as f:
         itos = _PlainUnpickler(f).load()['itos']

@@ -11,6 +11,7 @@ Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a tab
 """
 import math
 import os
+import signal
 import time
 
 import numpy as np
@@ -38,6 +39,7 @@ dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 h
 quantize = ''            # 'int8': with a byte a weight, as sample.py --quantize=int8; nats_lost is what it costs
 compile = 'auto'         # torch.compile
 knobs, _ = configure(globals(), runtime.find_device)
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C just ends it
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 check(knobs, split=('train', 'val', 'test'), batch_size=1, quantize=('', 'int8'))

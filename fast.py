@@ -1,6 +1,6 @@
 """
 Faster ways to the same numbers in training, and the optimizers. `speed_up` puts the former into a model, which computes the
-same without them; `make_optimizers` gives AdamW, or Muon beside it.
+same without them (dropout alone draws other masks); `make_optimizers` gives AdamW, or Muon beside it.
 
 On a processor torch's dropout, attention and cross-entropy lose more time than the matrix products leave room for; on a GPU
 small nets wait for kernels to be launched, and Muon's many small products do so everywhere. Letters as in model.py.

@@ -123,7 +123,7 @@ class LayerCache:
         self.size, self.length = size, 0
 
     def expand(self, rows):
-        """Let as many rows go on from the one that was read."""
+        """Repeat the one row that was read, so that `rows` texts can go on from it."""
         filled, self.length = (self.k[:, :, :self.length], self.v[:, :, :self.length]), 0
         self.append(*(t.expand(rows, -1, -1, -1) for t in filled))
 

@@ -11,12 +11,11 @@ Reads the network or FILE; writes train.bin, val.bin, test.bin and meta.json, an
 import gzip
 import hashlib
 import os
-import signal
 import zlib
 
 import numpy as np
 
-from configurator import check, configure, fail
+from configurator import check, configure, exit_on_signals, fail
 from data import download, encode_all, make_tokenizer, pieces, unzip, write_prepared
 
 tokenizer = 'byte'   # 'byte' or 'gpt2'
@@ -32,7 +31,7 @@ SIZE, SHA256 = 100_000_000, '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2
 names = {'byte': 'enwik8', 'gpt2': 'enwik8_gpt2'}
 check(dict(tokenizer=tokenizer), tokenizer=tuple(names))
 folder = os.path.join(data_dir, names[tokenizer])
-signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; a download goes on where it stopped
+exit_on_signals()   # and what is half-written is removed; a download goes on where it stopped
 path = input or os.path.join(data_dir, 'enwik8', 'enwik8.zip')
 vocabulary = make_tokenizer(tokenizer)   # first, since it may want a download of its own
 
@@ -48,8 +47,9 @@ try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as f:
             raw = f.read(SIZE + 1)   # never more than that, whatever a .gz unpacks to
 except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-    fail(f'{error if path in str(error) else f"{path}: {error}"}; type --input=FILE for a local copy of enwik8.zip, enwik8.gz '
-         f'or enwik8, whole; a part of it (--partial) is a .gz or the text itself')
+    fail(f'{error if path in str(error) else f"{path}: {error}"}; type python prepare_enwik8.py --tokenizer={tokenizer} '
+         f'--input=FILE for a local copy of enwik8.zip, enwik8.gz or enwik8, whole; a part of it (--partial) is a .gz or the '
+         f'text itself')
 
 digest = hashlib.sha256(raw).hexdigest()
 if len(raw) >= SIZE and digest != SHA256:

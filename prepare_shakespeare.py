@@ -11,10 +11,9 @@ As characters: 65 symbols, 1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966
 import contextlib
 import hashlib
 import os
-import signal
 import sys
 
-from configurator import check, configure, fail
+from configurator import check, configure, exit_on_signals, fail
 from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_prepared
 
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
@@ -30,7 +29,7 @@ SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 names = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
 check(dict(tokenizer=tokenizer), tokenizer=tuple(names))
 folder, ready = find_dataset(names[tokenizer], data_dir)
-signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; nothing half-written is left
+exit_on_signals()   # and what is half-written is removed; a download goes on where it stopped
 source = dict(name='Tiny Shakespeare', url=url, sha256=SHA256, stand_in=False)
 path = input or os.path.join(folder, 'input.txt')
 
@@ -48,7 +47,8 @@ except OSError as error:
         os.rmdir(folder)   # if it is empty
     if input or not stand_in or ready:   # a stand-in never takes the place of what is there
         fail(f'{error}; ' + ('--input takes a text file' if input else
-             'type --input=FILE for a local copy of input.txt, or --stand_in to go on with another text'))
+             f'type python prepare_shakespeare.py --tokenizer={tokenizer} --input=FILE for a local copy of input.txt, or '
+             f'--stand_in to go on with another text'))
     raw = stand_in_text().encode('utf-8')
     source = dict(name="the topics of Python's language reference (pydoc_data.topics)", url=None, stand_in=True,
                   instead_of='TINY SHAKESPEARE', reason=f'the download failed: {error}')

@@ -79,8 +79,7 @@ if len(ids) > block_size:
     say(f'the prompt has {len(ids):,} tokens; the model sees the last {block_size:,}')
 beyond = min(max_new_tokens, len(ids) + max_new_tokens - 1 - block_size)
 if beyond > 0:
-    say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size:,}: the window moves with each of them and '
-        f'is read anew, which is slow')
+    say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size}: the window is read anew for each')
 
 titles = [f'{"-" * 15} sample {i + 1}\n' * (num_samples > 1) + prompt for i in range(num_samples)]
 decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in titles]   # hold a character back until it is whole

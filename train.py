@@ -85,7 +85,7 @@ grad_clip = 1.0              # largest gradient norm, 0 for no clipping
 decay_lr = True              # warm up and decay, else a constant rate
 warmup_iters = 2000          # steps of linear warm-up
 lr_decay_iters = None        # step at which the rate reaches min_lr; None: max_iters
-cooldown = 0.0               # share of these steps, the last ones, in which it falls linearly; 0: cosine after warm-up
+cooldown = 0.0               # share of the steps, the last ones, in which the rate falls linearly; 0: cosine after warm-up
 min_lr = 6e-5                # AdamW's rate at the end; Muon's ends at the same share of its peak
 # machine
 shard = False                # under torchrun: split parameters, gradients and optimizer over the ranks (FSDP2)
@@ -265,7 +265,8 @@ say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards
     f'{tokens_per_step / max(len(windows) * block_size, 1):.3g} epochs a step')
 say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accumulation_steps} accumulation '
     f'({micro_steps} each on {ranks} ranks) = {tokens_per_step:,}')
-say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.4f} at the start')
+if init_from == 'scratch':
+    say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.4f} at the start')
 
 log, last_path = checkpoint.RunLog(out_dir), os.path.join(out_dir, 'last.pt')
 if rank == 0 and not eval_only:
@@ -334,7 +335,7 @@ while True:
     if caught or due:
         saved, saved_at = save('last.pt'), time.monotonic()
     if caught and saved:
-        say(f'signal {caught}: saved {last_path} at iter {step}; type --init_from=resume to go on')
+        say(f'signal {caught}: saved {last_path} at iter {step}; type --init_from=resume{checkpoint.flag(out_dir)} to go on')
     if last or caught:
         break
 
@@ -371,8 +372,8 @@ while True:
 log.end()
 if last:
     say(f'done: {step:,} steps in {runtime.clock(seconds)} and {runtime.peak_memory(device):,.0f} MB; val loss {val_loss:.4f} '
-        f'nats per token on the whole split; type python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out'))
+        f'nats per token on the whole split; type python sample.py' + checkpoint.flag(out_dir))
 if not saved:
-    fail(f'{last_path} could not be written at the end, and ' + ('holds an earlier step; make room and type --init_from=resume'
-         if os.path.exists(last_path) else 'nothing is saved; make room, or type --out_dir=FOLDER for another place'))
+    fail(f'{last_path} could not be written at the end; make room, ' + ('and type --init_from=resume' + checkpoint.flag(out_dir)
+         if os.path.exists(last_path) else 'or type --out_dir=FOLDER for another place'))
 runtime.leave(128 + caught if caught else 0)

@@ -30,6 +30,8 @@ def show(name, t):
 
 
 data = open_dataset('shakespeare_char', data_dir, needs=('train',))
+if data.stand_in_banner():   # other numbers than the page's
+    print(data.stand_in_banner(), file=sys.stderr)
 print('# text')
 T = 8
 ids = torch.from_numpy(data.split('train')[0][:2 * T + 1].astype('int64'))

@@ -93,6 +93,14 @@ def test_shards_and_nanogpts_files(folder):
         Dataset('made')
 
 
+def test_without_any_meta_file(folder, gpt2_files, capsys):
+    """nanoGPT writes none for GPT-2's tokens; since it may also have been lost, that is said."""
+    os.makedirs('data/made')
+    np.array([15496, 995], dtype='<u2').tofile('data/made/train.bin')
+    assert Dataset('made').tokenizer.decode([15496, 995]) == b'Hello world'
+    assert "data/made has no meta.json: its tokens are taken for GPT-2's" in capsys.readouterr().err
+
+
 def damage(change):
     meta = json.loads(open('data/made/meta.json').read())
     change(meta)

@@ -243,6 +243,24 @@ def test_interrupted(folder, script, how):
     assert how == signal.SIGKILL or not list(Path('data/mine').glob('*.part'))
 
 
+@pytest.mark.parametrize('name', ['prepare_shakespeare.py', 'prepare_enwik8.py'])
+def test_interrupted_in_the_middle_of_the_others(folder, name):
+    """Ctrl-C while token files are written: none of them is left."""
+    with open('b.txt', 'wb') as f:
+        f.write(b'<mediawiki xmlns=')
+        for _ in range(900):
+            f.write(os.urandom(50_000).hex().encode() + b'\n')
+    slow = 'import os, time, data; real = data.np.asarray; data.np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
+    Path('start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {slow}; import runpy; runpy.run_path({str(ROOT / name)!r}, run_name="__main__")')
+    run = subprocess.Popen([sys.executable, 'start.py', '--input=b.txt', *['--partial'] * ('enwik8' in name)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(Path('data').glob('*/*.part')) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert b'Traceback' not in run.communicate(timeout=60)[1] and run.returncode == 130
+    assert not list(Path('data').glob('*/*'))
+
+
 def test_full_disk(folder, refused, monkeypatch):
     """No room: one line, and the old dataset as it was."""
     Path('a.txt').write_text('some text ' * 1000)

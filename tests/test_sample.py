@@ -1,4 +1,6 @@
 """sample.py on a tiny trained model. pytest tests/test_sample.py"""
+import os
+
 import pytest
 import torch
 from conftest import TEXT
@@ -29,6 +31,18 @@ def test_greedy_text_is_the_argmax(sample, trained):
     expected = tokenizer.decode(ids).decode() + '\n'
     for flags in ([], ['--seed=5'], ['--kv_cache=False'], ['--top_k=1', '--temperature=1'], ['--top_p=1e-9', '--temperature=1']):
         assert sample('--start=so 3 times', '--max_new_tokens=30', '--temperature=0', *flags).out == expected
+
+
+def test_stopped_before_the_first_evaluation(script, trained, folder):
+    """best.pt is of step 0 then: the text is by last.pt, which has learned something, unless it was found to be worse."""
+    os.mkdir('out')
+    best, last = (checkpoint.load(f'{trained}/best.pt') for _ in range(2))
+    for name, loaded, more in (('best', best, dict(iter_num=0)), ('last', last, dict(iter_num=198, val_loss=None))):
+        checkpoint.save(f'out/{name}.pt', loaded | more)
+    assert 'out/last.pt: iter 198' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
+    for more in (dict(iter_num=0), dict(iter_num=198, val_loss=3.0)):
+        checkpoint.save('out/last.pt', last | more)
+        assert 'out/best.pt: iter 0' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
 
 
 def test_seed(sample):

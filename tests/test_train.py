@@ -246,16 +246,18 @@ def test_accumulation_not_divisible_by_ranks(mini, process):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_so(mini, number):
     """Ctrl-C or a preemption ends after the step, saved, with 128 + signal; resuming reaches the uninterrupted weights."""
-    command = [sys.executable, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False']
+    command = [sys.executable, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
+               '--out_dir=out a']
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in run.stderr:
         if line.startswith('iter 20: loss'):
             run.send_signal(number)
             break
     rest = run.stderr.read()
-    assert run.wait(60) == 128 + number and f'signal {int(number)}: saved out/last.pt' in rest and 'Traceback' not in rest
-    stopped = checkpoint.load('out/last.pt')['iter_num']
-    assert stopped > 20 and len(read_log('out/log.csv')) == stopped
+    assert run.wait(60) == 128 + number and f'signal {int(number)}: saved out a/last.pt' in rest and 'Traceback' not in rest
+    assert "type --init_from=resume --out_dir='out a' to go on" in rest   # as a shell takes it
+    stopped = checkpoint.load('out a/last.pt')['iter_num']
+    assert stopped > 20 and len(read_log('out a/log.csv')) == stopped
 
 
 # ---- the main job's config and others' -----------------------------------------------------------------------------
