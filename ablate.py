@@ -356,9 +356,11 @@ for name, runs in runs_of.items():
     lines.append('| ' + ' | '.join(cell.replace('|', '/') for cell in cells) + ' |')
 trained = [run for run in found['runs'] if run.get('dtype')]
 where = sorted({f'{run["device"]} in {run["dtype"]}, torch {run["torch"]}' for run in trained})
+changed = ' '.join(f'--{knob}={value}' for knob, value in found['setting'].items() if str(SETTING.get(knob)) != value)
+command = f'python ablate.py {found["study"]}' + ' --full' * found['full'] + (changed and f' --flags="{changed}"')
 text = f'''# {found['study']}
 
-`python ablate.py {found['study']}{' --full' * found['full']}`: each run is train.py with what its row names and otherwise
+`{command}`: each run is train.py with what its row names and otherwise
 
 ```
 {' '.join(f'--{knob}={value}' for knob, value in found['setting'].items())}

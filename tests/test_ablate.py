@@ -150,13 +150,13 @@ def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
 def test_the_committed_tables_come_from_the_committed_results(script, folder):
     """Byte for byte, from the JSON alone."""
     shutil.copytree(ROOT / 'results/ablations', 'results/ablations')
-    names = [path.stem for path in sorted((ROOT / 'results/ablations').glob('*.json'))]
-    assert len(names) >= 12
-    for name in names:
-        os.remove(f'results/ablations/{name}.md')
-        result = script('ablate.py', name.removesuffix('-full'), '--report', *['--full'] * name.endswith('-full'))
+    found = [path.relative_to(ROOT) for path in sorted((ROOT / 'results/ablations').glob('**/*.json'))]
+    assert len(found) >= 14
+    for path in found:
+        os.remove(path.with_suffix('.md'))
+        result = script('ablate.py', path.stem.removesuffix('-full'), '--report', f'--results={path.parent}', *['--full'] * path.stem.endswith('-full'))
         assert result.code == 0, result.err
-        assert (folder / f'results/ablations/{name}.md').read_bytes() == (ROOT / f'results/ablations/{name}.md').read_bytes()
+        assert path.with_suffix('.md').read_bytes() == (ROOT / path).with_suffix('.md').read_bytes()
 
 
 def test_list(script, folder):
