@@ -92,7 +92,7 @@ def test_a_study_cut_off_goes_on(whole, script, folder, number):
     assert all(run in results()['runs'] for run in before)
     assert losses() == {(run['variant'], run['seed']): run['val_loss'] for run in json.loads(
         (whole / 'results/ablations/heads.json').read_text())['runs']}
-    assert '0 runs to do on cpu, 4 there' in script('ablate.py', 'heads', *HEADS).err
+    assert '0 runs to do on cpu, 4 in results/ablations/heads.json' in script('ablate.py', 'heads', *HEADS).err
 
 
 def test_equal_runs_are_taken_from_another_study(whole, script, folder):

@@ -121,7 +121,7 @@ BUDGET = {
 def filled_in(command):
     """A command with its capitals replaced and its budget cut."""
     for capitals, meant in {'enwik8.py --input=FILE': f'enwik8.py --input={SHARED / "enwik8_head.gz"}', 'FILE_OR_FOLDER': 'short.txt', 'input=FILE': 'input=short.txt', 'CONFIG': str(ROOT / MAIN), 'PATH': 'nanogpt',
-                            'init_from=FOLDER': 'init_from=gpt2', 'data_dir=FOLDER': 'data_dir=data', 'to=FOLDER': 'to=exported',
+                            'init_from=FOLDER': 'init_from=gpt2', 'data_dir=FOLDER': 'data_dir=data', 'to=FOLDER': 'to=exported', 'results=FOLDER': 'results=mine',
                             'nproc_per_node=8': 'nproc_per_node=2', ' train.py': f' {ROOT / "train.py"}'}.items():
         if 'torchrun' in command or capitals != ' train.py':
             command = command.replace(capitals, meant)

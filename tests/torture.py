@@ -110,7 +110,7 @@ def damage(target, deadline, chance):
     with open('whole/last.pt', 'rb') as f:
         copies = damaged_copies(f.read(), chance)
     done = noticed = 0
-    while done < target and time.monotonic() < deadline:
+    while done < target and (done < 20 or time.monotonic() < deadline):
         what, content = next(copies)
         with open('hurt.pt', 'wb') as f:
             f.write(content)
