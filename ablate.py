@@ -2,7 +2,7 @@
 Studies: what one choice is worth, all else equal, over several seeds. train.py is started once a run.
 
     python ablate.py list                     # the studies and their variants
-    python ablate.py heads                    # three seeds each, about two minutes a run on two cores
+    python ablate.py heads                    # three seeds each, two to three minutes a run on two cores
     python ablate.py heads --seeds=5          # goes on with those that are there
     python ablate.py heads --full             # the setting of published studies, for a GPU; all there are work at once
     python ablate.py heads --report           # table and picture once more, from heads.json alone
