@@ -238,8 +238,8 @@ bounds = '' if row['change_low'] is None else f' (95 %: {row["change_low"]:.4f} 
 findings.append(f'Taking out head {label(row)} changes the loss the most: {row["change"]:+.4f} nats a token{bounds}.')
 if bounds:
     missed = sum(not row['change_low'] <= 0 <= row['change_high'] for row in heads)
-    findings.append(f'Of {missed} of {len(heads)} heads the interval does not hold 0; of heads worth nothing that would '
-                    f'be so of 1 in 20 by chance.')
+    findings.append(f'For {missed} of {len(heads)} heads that interval leaves 0 out; for heads worth nothing 1 in 20 would by '
+                    f'chance.')
 worst = losses.topk(min(12, T - 1)).indices.add(1).tolist()
 expected = [[(text_of(token), chance) for token, chance in zip(*row)] for row in zip(top.indices.tolist(), top.values.tolist())]
 

@@ -347,9 +347,10 @@ def open_model(init_from, out_dir, checkpoint, data_dir):
     path = find(out_dir, checkpoint)
     loaded, last = load(path), os.path.join(out_dir, 'last.pt')
     if not checkpoint and path != last and loaded.get('iter_num') == 0 and os.path.isfile(last):
-        trained = load(last)   # a run that was stopped before its first evaluation but that of step 0
-        if trained.get('iter_num') and trained.get('val_loss') is None:
-            loaded, path = trained, last
+        with contextlib.suppress(Damaged):   # a run that was stopped before its first evaluation but that of step 0
+            trained = read(last)
+            if trained.get('iter_num') and trained.get('val_loss') is None:
+                loaded, path = trained, last
     model = build_model(loaded, path)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
     return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs

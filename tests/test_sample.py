@@ -40,8 +40,8 @@ def test_stopped_before_the_first_evaluation(script, trained, folder):
     for name, loaded, more in (('best', best, dict(iter_num=0)), ('last', last, dict(iter_num=198, val_loss=None))):
         checkpoint.save(f'out/{name}.pt', loaded | more)
     assert 'out/last.pt: iter 198' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
-    for more in (dict(iter_num=0), dict(iter_num=198, val_loss=3.0)):
-        checkpoint.save('out/last.pt', last | more)
+    for more in (dict(iter_num=0), dict(iter_num=198, val_loss=3.0), None):
+        checkpoint.save('out/last.pt', last | more) if more else open('out/last.pt', 'wb').close()
         assert 'out/best.pt: iter 0' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
 
 
