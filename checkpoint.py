@@ -325,10 +325,10 @@ def from_hub(name, **fields):
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())[:400]
-        near = next(iter(get_close_matches(name, ('resume', 'scratch', 'gpt2'), 1)), 'gpt2') if name != 'gpt2' else 'FOLDER'
+        near = (get_close_matches(name, ('resume', 'scratch', 'gpt2'), 1) or ['gpt2'])[0]
         fail(f'init_from={name}: {reason}; allowed are resume, scratch (train.py), gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
              f'distilgpt2, another GPT-2 on huggingface.co, and a folder with config.json and model.safetensors; '
-             f'type --init_from={near}')
+             f'type --init_from={near if near != name else "FOLDER"}')
     if tokenizer is None and model.config.vocab_size == 50257:
         tokenizer = make_tokenizer('gpt2')
     if tokenizer:

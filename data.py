@@ -557,7 +557,8 @@ def _nanogpt_meta(folder):
     """meta for files prepared by nanoGPT: the characters of its meta.pkl, or GPT-2's BPE without one."""
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
-        print(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, as nanoGPT's are", file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, as nanoGPT's are", file=sys.stderr)
         return dict(tokenizer=dict(kind='gpt2'))
     with open(path, 'rb') as f:
         itos = _PlainUnpickler(f).load()['itos']

@@ -45,6 +45,16 @@ def test_stopped_before_the_first_evaluation(script, trained, folder):
         assert 'out/best.pt: iter 0' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
 
 
+def test_what_to_type_instead(refused, trained, folder):
+    """Never what was typed; a damaged best.pt leads to the last.pt beside it."""
+    os.mkdir('o p')
+    checkpoint.save('o p/last.pt', checkpoint.load(f'{trained}/last.pt'))
+    open('o p/best.pt', 'wb').close()
+    refused('sample.py', '--out_dir=o p', words=["type --checkpoint='o p/last.pt'"])
+    for typed, instead in (('resum', 'resume'), ('scratch', 'FOLDER'), ('./nowhere', 'gpt2')):
+        refused('sample.py', f'--init_from={typed}', words=[f'type --init_from={instead}'])
+
+
 def test_seed(sample):
     texts = [sample('--start=a', '--max_new_tokens=60', f'--seed={seed}').out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

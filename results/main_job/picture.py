@@ -15,7 +15,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 with open(os.path.join(here, 'log.csv'), newline='', encoding='utf-8') as f:
     rows = list(csv.DictReader(f))
 with open(os.path.join(here, 'sample.txt'), encoding='utf-8') as f:
-    text = f.read().partition('KING EDWARD')[0].rstrip()   # what fits beside the curve
+    text = ''.join(f.readlines()[:13]).rstrip()   # what fits beside the curve
 
 figure, (curve, sample) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
 for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
