@@ -19,8 +19,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from configurator import fail
@@ -106,7 +104,11 @@ def find_device(name):
 
 
 def cpu_has_bf16():
-    """Whether this processor multiplies bf16 itself; one that emulates it is 44 to 500 times slower (pytorch #146508)."""
+    """Return whether this processor multiplies bf16 in hardware. Emulation is 44 to 500 times slower (pytorch #146508).
+
+    ATEN_CPU_CAPABILITY=avx2 makes torch treat any processor as one with AVX2 only; such a processor has no bf16."""
+    if torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'NO AVX', 'AVX2'):
+        return False
     probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -376,6 +378,7 @@ def agree(values):
 
 def shard(model, ranks, device):
     """Split parameters, and with them gradients and optimizer states, over the ranks (FSDP2), a block at a time."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method   # here: importing it takes half a second
     mesh = dist.init_device_mesh(device.partition(':')[0], (ranks,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -383,9 +386,14 @@ def shard(model, ranks, device):
     register_fsdp_forward_method(model, 'hidden')   # what sampling calls gathers the parameters as forward does
 
 
+def is_sharded(value):
+    """Return whether a value is a DTensor: a tensor of which each rank holds a part. Asked without importing its class."""
+    return hasattr(value, 'full_tensor')
+
+
 def whole(tree):
     """A state dict with every sharded tensor gathered, on the CPU; all ranks call it together."""
-    if isinstance(tree, DTensor):
+    if is_sharded(tree):
         return tree.full_tensor().cpu()
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
@@ -419,7 +427,8 @@ def load_optimizer(opt, state):
             if (key not in keys or not isinstance(value, torch.Tensor) or value.shape != shape
                     or not torch.isfinite(value).all()):
                 raise ValueError(f'the {key} of parameter {i} is not what it should be')
-            if isinstance(params[i], DTensor) and key != 'step':
+            if is_sharded(params[i]) and key != 'step':
+                from torch.distributed.tensor import distribute_tensor   # here: importing it takes half a second
                 tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
     groups = opt.state_dict()['param_groups']
     for own, saved in zip(groups, state['param_groups']):

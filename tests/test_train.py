@@ -100,9 +100,12 @@ def test_every_knob_trains(mini, script, knobs):
     assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.3
 
 
-def test_muon_does_what_torch_does_to_separate_matrices(mini, script):
-    """One step from the same weights with q, k and v as three parameters of torch's own Muon."""
+def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatch):
+    """One step from the same weights with q, k and v as three parameters of torch's own Muon.
+
+    torch's multiplies in bf16 on every processor, so ours is made to do the same."""
     from data import Dataset, TrainingWindows
+    monkeypatch.setattr(fast, 'cpu_has_bf16', lambda: True)
     script('train.py', *TINY, '--optimizer=muon', '--max_iters=0', '--warmup_iters=0', '--grad_clip=0')
     os.rename('out', 'start')
     script('train.py', *TINY, '--optimizer=muon', '--max_iters=1', '--warmup_iters=0', '--grad_clip=0')
@@ -116,7 +119,7 @@ def test_muon_does_what_torch_does_to_separate_matrices(mini, script):
                 alone = torch.nn.Parameter(part.clone())
                 alone.grad = grad.clone()
                 torch.optim.Muon([alone], lr=0.02, weight_decay=0.1).step()
-                # both multiply in bf16, ours several matrices at a time
+                # the difference is bf16's rounding, as ours multiplies several matrices at a time
                 assert (alone.detach() - new).norm() < 0.05 * (alone.detach() - part).norm(), name
 
 
@@ -431,10 +434,20 @@ def test_mps_is_taken_only_where_it_computes_right(monkeypatch, capfd):
 
 
 def test_processor_is_read():
+    """bf16 in hardware is what /proc/cpuinfo lists, unless torch was told to treat the processor as an older one."""
     if not os.path.exists('/proc/cpuinfo'):
         pytest.skip('no /proc/cpuinfo to compare with')
     words = open('/proc/cpuinfo').read().split()
-    assert runtime.cpu_has_bf16() == ('avx512_bf16' in words or 'amx_tile' in words)
+    told_older = os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2')
+    assert runtime.cpu_has_bf16() == (not told_older and ('avx512_bf16' in words or 'amx_tile' in words))
+
+
+def test_a_processor_with_avx2_alone_has_no_bf16():
+    """In a process that torch is told to run as on such a processor, the precision of a run is fp32."""
+    ask = 'import runtime; print(runtime.cpu_has_bf16(), runtime.find_dtype("auto", "cpu"))'
+    done = subprocess.run([sys.executable, '-c', ask], env={**os.environ, 'ATEN_CPU_CAPABILITY': 'avx2'}, cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == 'False float32\n', done.stderr
 
 
 def test_mfu_is_of_a_known_peak_only(monkeypatch):
