@@ -77,6 +77,7 @@ optimizer = 'adamw'          # 'adamw', or 'muon' for the blocks' matrices and A
 learning_rate = 6e-4         # AdamW's peak
 muon_learning_rate = 0.02    # Muon's peak; both follow the same schedule
 max_iters = 600000           # optimizer steps
+max_minutes = 0.0            # minutes of training after which the run ends, with its schedule decayed to the end; 0: no limit
 target_loss = 0.0            # end when the whole validation split is below it (nats per token) at an evaluation; 0: do not
 weight_decay = 1e-1          # decoupled, on matrices only
 beta1 = 0.9                  # AdamW's
@@ -103,8 +104,8 @@ rank, ranks, device = runtime.join_ranks(backend, device)
 resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # of the run that goes on, or of the model that is trained further
 check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
-      seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, weight_decay=0,
-      beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0, cooldown=(0, 1),
+      seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, max_minutes=0,
+      weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0, cooldown=(0, 1),
       lr_decay_iters=0, optimizer=('adamw', 'muon'))
 if not (beta1 < 1 and beta2 < 1):
     fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
@@ -139,6 +140,10 @@ if resumed:
     model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in checkpoint.TRAINING})
     if resumed['iter_num'] > max_iters:
         say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
+    elif max_minutes and resumed['seconds'] >= 60 * max_minutes:
+        say(f'note: {path} has had {resumed["seconds"] / 60:.1f} minutes of training and max_minutes={max_minutes:g}: '
+            f'there is nothing left to train; type --max_minutes={resumed["seconds"] / 60 + 5:.0f} for five more, '
+            f'or --max_minutes=0 for no limit')
 elif not (model := pretrained):
     V = data.vocab_size   # of a large one a multiple of 64: the head's products are up to 1.25 times as fast
     model = GPT(replace(config, vocab_size=V if V < 4096 else -(-V // 64) * 64))
@@ -156,6 +161,7 @@ micro_steps = gradient_accumulation_steps // ranks   # of this rank
 sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
 tokens_per_step = sequences * block_size
 step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
+elapsed = 0.0   # the training time that all ranks agree on
 unseen = []   # step, loss and gradient norm of the steps since the last look
 if resumed:
     step, seconds, skipped = (resumed[key] for key in ('iter_num', 'seconds', 'skipped'))
@@ -212,8 +218,24 @@ def update(batches):
     return loss, grad_norm
 
 
+def schedule_step(step, elapsed):
+    """Return the step at which the schedule is: `step`, or a later one where time is shorter than steps.
+
+    The share of the run that is done is step / max_iters or elapsed / max_minutes, the larger of the two. Time counts
+    once it leads by a hundredth of what is left, so that one slow moment does not change a run that ends in time."""
+    if not max_minutes:
+        return step
+    steps_done = step / max(1, max_iters)
+    time_done = min(1.0, elapsed / (60 * max_minutes))
+    if time_done <= steps_done + 0.01 * (1 - time_done):
+        return step
+    return time_done * max_iters
+
+
 def schedule(step):
-    """Share of the peak rate: linear warm-up, then cosine decay, or with cooldown a constant and a linear fall; then min_lr."""
+    """Return the share of the peak rate at a step, which schedule_step may make fractional.
+
+    It is a linear warm-up, then a cosine decay, or with cooldown a constant and a linear fall; then min_lr."""
     if not decay_lr:
         return 1.0
     floor = min_lr / learning_rate if learning_rate else 1.0
@@ -255,7 +277,8 @@ def look():
 
 
 def stop_not_finite(step, what):
-    fail(f'iter {step}: {what}, learning rate {schedule(step) * learning_rate:.3g}, loss scale {scaler.get_scale():g}: no '
+    rate = schedule(schedule_step(step, elapsed)) * learning_rate
+    fail(f'iter {step}: {what}, learning rate {rate:.3g}, loss scale {scaler.get_scale():g}: no '
          f'longer finite; no checkpoint was overwritten; type a lower --learning_rate (and --muon_learning_rate), more '
          f'--warmup_iters, or --dtype=float32')
 
@@ -284,8 +307,14 @@ if step < max_iters:
         with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
             float(micro_step(*load(step * sequences)))
     model.zero_grad(set_to_none=True)
-    say(f'estimated time: {runtime.clock((time.perf_counter() - started) * micro_steps * (max_iters - step))} '
-        f'for {max_iters - step:,} steps, evaluations apart')
+    step_seconds = (time.perf_counter() - started) * micro_steps
+    needed, allowed = step_seconds * (max_iters - step), 60 * max_minutes - seconds
+    say(f'estimated time: {runtime.clock(needed)} for {max_iters - step:,} steps, evaluations apart')
+    if max_minutes and needed > allowed > 0:
+        say(f'note: max_minutes={max_minutes:g} ends this run after about {allowed / step_seconds:,.0f} steps, '
+            f'with the schedule decayed to its end; type --max_minutes=0 for all of them')
+if max_minutes and not decay_lr:
+    say(f'note: with decay_lr=False the run of max_minutes={max_minutes:g} ends at a constant rate')
 
 step_once = update
 if cuda_graph and device.startswith('cuda') and ranks == 1 and not scaler.is_enabled() and not grad_checkpointing:
@@ -298,7 +327,10 @@ model.train()
 peak = runtime.peak_flops(device)
 logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
 while True:
-    val_loss, last = None, step >= max_iters
+    # the slowest rank's time, so that all end after the same step
+    elapsed = runtime.agree([seconds])[0] if max_minutes else seconds
+    out_of_time = bool(max_minutes) and elapsed >= 60 * max_minutes
+    val_loss, last = None, step >= max_iters or out_of_time
     if step % eval_interval == 0 or last:
         started = time.perf_counter()
         look()   # waits for a GPU's last steps, which are training time
@@ -317,7 +349,8 @@ while True:
             say(f'reached target_loss={target_loss:g} after {step:,} steps: {seconds:.1f} s of training, evaluations excluded; '
                 f'{time.perf_counter() - begun:.1f} s since the knobs were read')
         elif last and target_loss:
-            say(f'target_loss={target_loss:g} was not reached in max_iters={max_iters}')
+            limit = f'max_minutes={max_minutes:g}' if out_of_time else f'max_iters={max_iters}'
+            say(f'target_loss={target_loss:g} was not reached in {limit}')
         if improved:
             save('best.pt')
         if improved or last or always_save_checkpoint:
@@ -325,6 +358,8 @@ while True:
     if sample_interval and (last or step and step % sample_interval == 0) and (rank == 0 or shard):
         with runtime.autocast(device, dtype):   # on all ranks of a sharded model, which need each other
             say(decoding.sample_text(model, data, seed, device))
+    if out_of_time and step < max_iters:
+        say(f'max_minutes={max_minutes:g} was reached after {step:,} of max_iters={max_iters:,} steps')
     if last:
         log.row(iter=step, tokens=step * tokens_per_step, val_loss=val_loss, seconds=seconds)
     if val_loss is not None and rank == 0:
@@ -342,7 +377,7 @@ while True:
     started = time.perf_counter()
     # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-    rate = schedule(step)
+    rate = schedule(schedule_step(step, elapsed))
     for opt in optimizers:
         fast.set_rate(opt, rate)
     batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]
@@ -361,9 +396,11 @@ while True:
         tok_per_s = steps * tokens_per_step / spent
         mfu = f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}' if peak else ''
         mfu += f' | skipped {skipped}, loss scale {scaler.get_scale():g}' if scaler.is_enabled() else ''
-        left = runtime.clock((max_iters - step - 1) * spent / steps)
+        left = (max_iters - step - 1) * spent / steps
+        if max_minutes:
+            left = max(0.0, min(left, 60 * max_minutes - seconds))
         say(f'iter {step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate * learning_rate:.2e} | '
-            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | {left} left')
+            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | {runtime.clock(left)} left')
         log.row(iter=step, tokens=step * tokens_per_step, train_loss=loss, val_loss=val_loss, lr=rate * learning_rate,
                 grad_norm=float(grad_norm), tok_per_s=tok_per_s, seconds=seconds)
         logged_step, logged_seconds = step + 1, seconds

@@ -263,6 +263,76 @@ def test_signal_saves_and_says_so(mini, number):
     assert stopped > 20 and len(read_log('out a/log.csv')) == stopped
 
 
+# ---- max_minutes ---------------------------------------------------------------------------------------------------
+
+LONG = [*TINY, '--max_iters=1000000', '--lr_decay_iters=1000000', '--warmup_iters=0', '--eval_interval=1000000',
+        '--min_lr=1e-4', '--max_minutes=0.01']   # a run that 0.6 seconds of training end
+
+
+def test_a_run_that_ends_in_time_is_the_same_without_the_limit(mini, script):
+    """Weights and log are equal to the bit, and nothing is said of a limit."""
+    script('train.py', *TINY, '--dropout=0.1', '--out_dir=free')
+    limited = script('train.py', *TINY, '--dropout=0.1', '--max_minutes=30')
+    assert limited.code == 0 and 'max_minutes' not in limited.err
+    assert same_weights('free/last.pt', 'out/last.pt')
+    assert without_times('free/log.csv') == without_times('out/log.csv')
+
+
+def test_time_ends_a_run_with_its_schedule_decayed(mini, script):
+    """Every rate is the cosine's at the larger of both shares, and the end is a normal one: the whole split, last.pt, done."""
+    result = script('train.py', *LONG)
+    assert result.code == 0, result.err
+    rows = read_log('out/log.csv')
+    steps = int(rows[-1]['iter'])
+    assert 1 < steps < 1_000_000 and rows[-1]['val_loss']
+    for words in (f'max_minutes=0.01 was reached after {steps:,} of max_iters=1,000,000 steps', 'on the whole split',
+                  f'done: {steps:,} steps', 'max_minutes=0.01 ends this run after about', '--max_minutes=0'):
+        assert words in result.err, words
+    assert checkpoint.load('out/last.pt')['iter_num'] == steps
+    assert 0.6 <= float(rows[-1]['seconds']) < 1.6
+    before = 0.0   # seconds of training when the step began
+    for row in rows[:-1]:
+        done = max(int(row['iter']) / 1_000_000, min(1, before / 0.6))
+        expected = 1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * done))
+        assert float(row['lr']) == pytest.approx(expected, rel=0.01, abs=3e-6)
+        before = float(row['seconds'])
+    assert float(rows[-2]['lr']) < 3e-4
+
+
+def test_time_shorter_than_a_step_makes_one(mini, script):
+    result = script('train.py', *LONG, '--max_minutes=1e-9')
+    assert result.code == 0 and 'done: 1 steps' in result.err and read_log('out/log.csv')[-1]['val_loss']
+
+
+def test_a_run_past_its_time_is_not_trained_further(mini, script):
+    """A resumed run ends whole without a step, says what to type, and goes on with more minutes."""
+    script('train.py', *LONG)
+    steps = checkpoint.load('out/last.pt')['iter_num']
+    again = script('train.py', '--init_from=resume', '--device=cpu')
+    assert again.code == 0 and 'there is nothing left to train; type --max_minutes=5' in again.err, again.err
+    assert checkpoint.load('out/last.pt')['iter_num'] == steps
+    more = script('train.py', '--init_from=resume', '--device=cpu', '--max_minutes=0.02')
+    assert more.code == 0 and checkpoint.load('out/last.pt')['iter_num'] > steps
+    assert float(read_log('out/log.csv')[-1]['seconds']) >= 1.2
+
+
+def test_time_without_decay_ends_at_a_constant_rate(mini, script):
+    result = script('train.py', *LONG, '--decay_lr=False')
+    assert result.code == 0 and 'with decay_lr=False the run of max_minutes=0.01 ends at a constant rate' in result.err
+    assert {row['lr'] for row in read_log('out/log.csv') if row['lr']} == {'0.01'}
+
+
+def test_time_below_zero(mini, refused):
+    refused('train.py', *TINY, '--max_minutes=-1', words=['max_minutes=-1', '0'])
+
+
+def test_all_ranks_end_after_the_same_step(mini, forked):
+    """Two ranks, each with a clock of its own, end without waiting for each other for ever."""
+    forked([2, 'train.py', *LONG, '--gradient_accumulation_steps=2'])
+    steps = checkpoint.load('out/last.pt')['iter_num']
+    assert 1 <= steps < 1_000_000 and int(read_log('out/log.csv')[-1]['iter']) == steps
+
+
 # ---- the main job's config and others' -----------------------------------------------------------------------------
 
 def test_nanogpt_style_config_runs_unchanged(mini, script):
