@@ -6,12 +6,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 
 FILES = {'attention.npz', 'attention.png', 'depth_scan.csv', 'depth_scan.png', 'embeddings.png', 'gradients.csv', 'gradients.png',
          'head.png', 'head_ablation.csv', 'head_ablation.png', 'losses.png', 'report.html'}
@@ -125,7 +124,7 @@ def test_names_are_no_formulas(script, run):
 
 
 def test_ctrl_c_leaves_nothing(run):
-    process = subprocess.Popen([sys.executable, str(ROOT / 'analyze.py'), '--device=cpu', '--windows=60'],
+    process = subprocess.Popen([PYTHON, str(ROOT / 'analyze.py'), '--device=cpu', '--windows=60'],
                                stderr=subprocess.PIPE, text=True)
     while 'parameters' not in process.stderr.readline():   # then its folder is there
         pass

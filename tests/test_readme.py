@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED
+from conftest import PYTHON, ROOT, SHARED
 
 from data import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_dataset
 from model import GPT, GPTConfig
@@ -95,7 +95,7 @@ def home(tmp_path_factory):
     (home / 'nanogpt/model.py').write_text(NANOGPT)
     small = ['--n_layer=2', '--n_head=4', '--n_embd=16', '--max_iters=2', '--eval_iters=1', '--device=cpu']
     for config in (MAIN, 'config/train_enwik8.py'):
-        subprocess.run([sys.executable, str(ROOT / 'train.py'), str(ROOT / config), *small], cwd=home, check=True, timeout=120)
+        subprocess.run([PYTHON, str(ROOT / 'train.py'), str(ROOT / config), *small], cwd=home, check=True, timeout=120)
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=1024))
     gpt2.save_pretrained(home / 'gpt2')

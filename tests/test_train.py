@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
+from conftest import PYTHON, ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
 
 import checkpoint
 import fast
@@ -249,7 +249,7 @@ def test_accumulation_not_divisible_by_ranks(mini, process):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_so(mini, number):
     """Ctrl-C or a preemption ends after the step, saved, with 128 + signal; resuming reaches the uninterrupted weights."""
-    command = [sys.executable, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
+    command = [PYTHON, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
                '--out_dir=out a']
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in run.stderr:
