@@ -167,14 +167,22 @@ def test_command(place, script, command, recwarn):
     assert result.out or name in ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py', 'export_hf.py', 'bench.py'), result.err
 
 
-@pytest.mark.parametrize('command', [c for c in commands() if 'torchrun' in c])
+SEVERAL_RANKS = [command for command in commands() if 'torchrun' in command]
+
+
+@pytest.mark.parametrize('command', SEVERAL_RANKS)
 def test_command_for_several_ranks(place, command):
-    """As it stands, on two ranks; the line for two machines is started twice, srun and scontrol stand for Slurm's."""
+    """As it stands, on two ranks; the line for two machines is started twice, srun and scontrol stand for Slurm's.
+
+    The first command is torchrun's and its ranks' start afresh; for the others PYTHON runs the same torchrun."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     (place / 'bin').mkdir()
-    for name, does in dict(srun='exec "$@"', scontrol='echo 127.0.0.1').items():
+    stand_ins = dict(srun='exec "$@"', scontrol='echo 127.0.0.1')
+    if command != SEVERAL_RANKS[0]:
+        stand_ins['torchrun'] = f'exec {PYTHON} {Path(sys.executable).parent / "torchrun"} "$@"'
+    for name, does in stand_ins.items():
         (place / 'bin' / name).write_text(f'#!/bin/sh\n{does}\n')
         (place / 'bin' / name).chmod(0o755)
     line = filled_in(command).replace('HOST1', '127.0.0.1').replace('29500', str(port))
