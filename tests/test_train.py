@@ -302,7 +302,16 @@ compile = False
 
 def test_data_is_prepared_when_missing(folder, script, monkeypatch):
     """No network: the main job's config trains on the stand-in, loudly, every time."""
-    monkeypatch.setattr('time.sleep', lambda s: None)
+    (folder / 'python').write_text(f"""#!/bin/sh
+exec {PYTHON} -c '
+import os, runpy, sys, time
+time.sleep = lambda seconds: None   # between the tries of the download
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
+""")
+    (folder / 'python').chmod(0o755)
+    monkeypatch.setattr('conftest.PYTHON', str(folder / 'python'))
     for variable in ('HTTPS_PROXY', 'https_proxy'):
         monkeypatch.setenv(variable, 'http://127.0.0.1:9')   # nothing listens there
     short = ['config/train_shakespeare_char.py', '--max_iters=1', '--n_layer=1', '--n_embd=12', '--batch_size=2', '--device=cpu',
@@ -461,8 +470,9 @@ def test_mfu_is_of_a_known_peak_only(monkeypatch):
 
 # ---- what fresh eyes found -----------------------------------------------------------------------------------------
 
-def test_prepare_never_costs_real_data(mini, refused):
+def test_prepare_never_costs_real_data(mini, refused, monkeypatch):
     """A dataset that is missing is not made by another one's prepare, and a stand-in never replaces what is there."""
+    monkeypatch.setattr('time.sleep', lambda s: None)
     os.rename('data/mini', 'data/shakespeare_char')
     before = open('data/shakespeare_char/meta.json').read()
     refused('train.py', *TINY, '--dataset=shakespeare', '--prepare=prepare_shakespeare.py --tokenizer=char', words=['makes shakespeare_char'])
