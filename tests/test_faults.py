@@ -158,7 +158,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_torture_in_short(folder):
     """tests/torture.py with every part of it: kills, of one process and of two ranks, damage, a full disk, bad inputs."""
-    done = subprocess.run([PYTHON, str(ROOT / 'tests' / 'torture.py'), '--minutes=0.1', '--seed=1'], capture_output=True, text=True,
+    done = subprocess.run([PYTHON, str(ROOT / 'tests' / 'torture.py'), '--minutes=0.05', '--seed=1'], capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0 and 'all held' in done.stdout, done.stdout + done.stderr
     counts = [int(n.replace(',', '')) for n in re.findall(r'^(?:\d rank.*?: |damaged checkpoints: |bad inputs: )([\d,]+)', done.stdout, re.M)]
@@ -351,7 +351,7 @@ def test_out_of_memory_is_not_any_error(mini, script, monkeypatch):
 # ---- big data ------------------------------------------------------------------------------------------------------
 
 def test_memory_stays_flat_on_20_gigabytes(folder):
-    """A sparse 20 GB split: opened without being read, thousands of batches later still small."""
+    """A sparse 20 GB split: opened without being read, and many batches later still small (15 MB, if pages were kept)."""
     os.makedirs('data/big')
     for name, size in (('train.bin', 20_000_000_000), ('val.bin', 2_000)):
         with open(f'data/big/{name}', 'wb') as f:
@@ -360,7 +360,7 @@ def test_memory_stays_flat_on_20_gigabytes(folder):
 import resource, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import data
-data.RELEASE_AFTER = 8 << 20
+data.RELEASE_AFTER = 2 << 20
 with open('data/big/meta.pkl', 'wb') as f:
     __import__('pickle').dump(dict(itos={{0: 'a'}}), f)
 def resident():
@@ -369,13 +369,13 @@ started = time.monotonic()
 windows = data.TrainingWindows(data.Dataset('big'), 'train', 1024, 0)
 windows.batch(0, 8)
 opened, before = time.monotonic() - started, resident()
-for i in range(100):
+for i in range(30):
     windows.batch(8 * i, 8)
 print(opened, resident() - before)
 '''
     done = subprocess.run([PYTHON, '-c', code], capture_output=True, text=True, timeout=120)
     opened, grown = map(float, done.stdout.split())
-    assert opened < 5 and grown < 40e6, (opened, grown, done.stderr)
+    assert opened < 5 and grown < 8e6, (opened, grown, done.stderr)
 
 
 # ---- damaged and hostile files -------------------------------------------------------------------------------------
