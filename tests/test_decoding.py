@@ -11,6 +11,7 @@ import decoding
 import model as gpt
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')   # as find_compile does, for torch's own imports
+COMPILED = pytest.mark.xdist_group('compiled')   # in one worker: importing inductor takes 3 s
 KINDS = [{}, dict(pos='rope'), dict(pos='none'), dict(n_head=3, n_embd=24), dict(norm='post'), dict(residual=False),
          dict(qk_norm=True, activation='relu2', tie_weights=False, bias=False)]
 
@@ -58,6 +59,7 @@ def test_narrow_replaces_every_matrix_and_nothing_else():
     assert torch.equal(net.transformer.wte.weight, before) and {p.dtype for p in net.parameters()} == {torch.float32}
 
 
+@COMPILED
 @pytest.mark.parametrize('changes', [{}, dict(pos='rope', n_head=1, n_embd=26, norm='post')])
 def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes):
     """Token for token, up to and beyond block_size, also for several texts, which go on uncompiled."""
@@ -75,6 +77,7 @@ def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes):
         assert torch.equal(net.generate(idx, 34, temperature=0), greedy)
 
 
+@COMPILED
 @pytest.mark.parametrize('quantize', ['', 'int8'])
 def test_compiled_and_not_agree_but_for_rounding(quantize):
     torch._dynamo.reset()
@@ -147,6 +150,7 @@ def test_sample_says_how_many_tokens_recompute_the_window(script, trained, folde
     assert '15 of 30 tokens go beyond block_size=16' in result.err   # 2 + 14 fill the window, and one more comes of it
 
 
+@COMPILED
 def test_compiled_sample(script, trained, folder):
     torch._dynamo.reset()
     texts = [script('sample.py', f'--out_dir={trained}', '--start=so', '--max_new_tokens=12', '--device=cpu', '--dtype=float32',
