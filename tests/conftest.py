@@ -62,9 +62,25 @@ def start_fork_server(folder):
                                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()])
 
 
+PIXEL = bytes.fromhex(   # a PNG of one pixel
+    '89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55'
+    '0000000a49444154789c636000000002000148afa4710000000049454e44ae426082')
+
+
+def write_pixel(figure, path, **settings):
+    """Stand in for Figure.savefig, which takes a tenth of a second."""
+    with open(path, 'wb') as f:
+        f.write(PIXEL)
+
+
 @pytest.fixture
-def script(monkeypatch, capfd):
-    """script('train.py', *flags) runs a script to its end in this process -> code, out, err; a traceback is a failure."""
+def script(monkeypatch, capfd, request):
+    """script('train.py', *flags) runs a script to its end in this process -> code, out, err; a traceback is a failure.
+
+    Its pictures are laid out, but only tests marked `pictures` draw them."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr('matplotlib.figure.Figure.savefig', write_pixel)
+
     def run(name, *flags, stdin=None):
         monkeypatch.setattr(sys, 'argv', [str(ROOT / name), *map(str, flags)])
         monkeypatch.setattr(sys, 'executable', PYTHON)   # for scripts that start others

@@ -31,6 +31,7 @@ def run(trained, folder):
     return folder
 
 
+@pytest.mark.pictures
 def test_analyze(script, run):
     result = script('analyze.py', '--device=cpu', '--start=VAL:3', '--layer=1', '--head=1', '--windows=5')
     assert result.code == 0, result.err
@@ -92,6 +93,7 @@ def tiny(run, **fields):
         tokenizer=ByteTokenizer().state(), model_args=model.config.__dict__, model=model.state_dict(), config={}))
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('fields', [
     dict(block_size=2), dict(block_size=3, n_layer=1, n_head=1), dict(pos='rope'), dict(norm='post', residual=False, bias=False),
     dict(pos='none', norm='none', qk_norm=True, tie_weights=False)])
@@ -117,6 +119,7 @@ def test_losses_that_are_no_numbers_are_refused(refused, run):
     assert not (run / 'out/analysis').exists()
 
 
+@pytest.mark.pictures
 def test_names_are_no_formulas(script, run):
     (run / 'a$\\frac$').mkdir()
     shutil.copy('out/best.pt', 'a$\\frac$/b.pt')

@@ -142,6 +142,7 @@ def place(home, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('command', [c for c in commands() if 'torchrun' not in c])
 def test_command(place, script, command, recwarn):
     given, _, words = filled_in(command).rpartition(' | ')

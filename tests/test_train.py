@@ -23,6 +23,7 @@ def flags(**knobs):
 
 # ---- what a run leaves and says ------------------------------------------------------------------------------------
 
+@pytest.mark.pictures
 def test_a_run(mini, script):
     result = script('train.py', *TINY, '--sample_interval=5')
     assert result.code == 0 and result.out == '' and 'Warning' not in result.err
@@ -534,6 +535,7 @@ def test_padded_vocabulary_samples_while_training(mini, script):
     assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4', '--sample_interval=1').code == 0
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('column, value', [(2, 'edited'), (0, '\u00b2'), (0, '9' * 5000), (1, '9' * 400), (3, '"' + 'x' * 200_000)])
 def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     script('train.py', *TINY, '--max_iters=5')
