@@ -130,6 +130,16 @@ def filled_in(command):
     return command
 
 
+def few_sequences(flags):
+    """Return flags for small batches; a command that differs from a config's by a flag prints no samples: the others do."""
+    more = []
+    if not any(flag.startswith('--batch_size') for flag in flags):
+        more.append('--batch_size=2')
+    if flags[0].startswith('config/') and len(flags) > 1 + len(BUDGET['train.py']):
+        more.append('--sample_interval=0')
+    return more
+
+
 @pytest.fixture
 def place(home, tmp_path, monkeypatch):
     """A copy of that home to run a command in, with what it needs of an environment."""
@@ -148,6 +158,8 @@ def test_command(place, script, command, recwarn):
     given, _, words = filled_in(command).rpartition(' | ')
     name, *flags = shlex.split(words)[1:]
     flags += BUDGET[name]
+    if name == 'train.py':
+        flags += few_sequences(flags)
     if name == 'bench.py':
         flags += ['--quick'] if 'train' in flags else ['--tokens=4', '--runs=1', '--context=8', '--batch=1', '--compile=False']
     if name == 'ablate.py' and '--report' in flags:
