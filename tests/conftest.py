@@ -29,6 +29,7 @@ TEXT = ''.join(f'{i} times {j} is {i * j},\nsaid the miller to his wife.\n' for 
 
 CAN_FORK = hasattr(os, 'pidfd_open')   # on Linux
 PYTHON = os.environ.get('FORKING_PYTHON', sys.executable)   # a python that starts at once, see fork_server.py
+COMPILED = pytest.mark.xdist_group('compiled')   # in one worker: importing torch's compiler takes seconds
 KILL = signal.SIGUSR2 if CAN_FORK else signal.SIGKILL   # fork_client.py passes SIGUSR2 on as SIGKILL
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import PYTHON, ROOT, SHARED
+from conftest import COMPILED, PYTHON, ROOT, SHARED
 
 from data import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_dataset
 from model import GPT, GPTConfig
@@ -153,7 +153,8 @@ def place(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize('command', [c for c in commands() if 'torchrun' not in c])
+@pytest.mark.parametrize('command', [pytest.param(command, marks=COMPILED if command.endswith('--compile') else [])
+                                     for command in commands() if 'torchrun' not in command])
 def test_command(place, script, command, recwarn):
     given, _, words = filled_in(command).rpartition(' | ')
     name, *flags = shlex.split(words)[1:]
