@@ -4,9 +4,12 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and torchrun's ranks share the cores
 
 import runpy
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +27,64 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_
 TEXT = ''.join(f'{i} times {j} is {i * j},\nsaid the miller to his wife.\n' for i in range(12) for j in range(12))
 
 
+CAN_FORK = hasattr(os, 'pidfd_open')   # on Linux
+PYTHON = os.environ.get('FORKING_PYTHON', sys.executable)   # a python that starts at once, see fork_server.py
+COMPILED = pytest.mark.xdist_group('compiled')   # in one worker: importing torch's compiler takes seconds
+KILL = signal.SIGUSR2 if CAN_FORK else signal.SIGKILL   # fork_client.py passes SIGUSR2 on as SIGKILL
+
+
+def pytest_configure(config):
+    """Make what pytest's workers share: a folder of compiled code that no earlier processor has left, and PYTHON."""
+    global PYTHON
+    if hasattr(config, 'workerinput'):   # a worker has inherited them
+        return
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = os.path.join(folder.name, 'compiled')
+    if CAN_FORK:
+        server = start_fork_server(folder.name)
+        config.add_cleanup(server.wait)
+        config.add_cleanup(server.stdin.close)   # the last cleanup comes first: the server ends when its stdin is closed
+        os.environ['FORKING_PYTHON'] = PYTHON = os.path.join(folder.name, 'python')
+
+
+def start_fork_server(folder):
+    """Start fork_server.py, and write its client into the folder as a command named python."""
+    path = os.path.join(folder, 'socket')
+    command = os.path.join(folder, 'python')
+    client = [sys.executable, '-IS', str(ROOT / 'tests' / 'fork_client.py'), path, command]
+    with open(command, 'w') as f:
+        f.write(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+    os.chmod(command, 0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(100)
+        return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'fork_server.py'), str(listener.fileno())],
+                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()])
+
+
+PIXEL = bytes.fromhex(   # a PNG of one pixel
+    '89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55'
+    '0000000a49444154789c636000000002000148afa4710000000049454e44ae426082')
+
+
+def write_pixel(figure, path, **settings):
+    """Stand in for Figure.savefig, which takes a tenth of a second."""
+    with open(path, 'wb') as f:
+        f.write(PIXEL)
+
+
 @pytest.fixture
-def script(monkeypatch, capfd):
-    """script('train.py', *flags) runs a script to its end in this process -> code, out, err; a traceback is a failure."""
+def script(monkeypatch, capfd, request):
+    """script('train.py', *flags) runs a script to its end in this process -> code, out, err; a traceback is a failure.
+
+    Its pictures are laid out, but only tests marked `pictures` draw them."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr('matplotlib.figure.Figure.savefig', write_pixel)
+
     def run(name, *flags, stdin=None):
         monkeypatch.setattr(sys, 'argv', [str(ROOT / name), *map(str, flags)])
+        monkeypatch.setattr(sys, 'executable', PYTHON)   # for scripts that start others
         if stdin is not None:
             import io
             monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
@@ -68,7 +124,7 @@ def process():
     def run(name, *flags, launcher=(), **options):
         options = dict(capture_output=True, text=True, timeout=120) | options
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', **options.pop('env', {})}
-        return subprocess.run([sys.executable, *launcher, str(ROOT / name), *map(str, flags)], env=environment, **options)
+        return subprocess.run([PYTHON, *launcher, str(ROOT / name), *map(str, flags)], env=environment, **options)
     return run
 
 
@@ -77,7 +133,7 @@ def forked():
     """forked([2, 'train.py', *flags], [1, 'train.py', *flags]) runs scripts in turn, as that many ranks each (forked.py)."""
     def run(*commands):
         words = [str(word) for command in commands for word in ('--then', *command)]
-        done = subprocess.run([sys.executable, str(ROOT / 'tests' / 'forked.py'), *words[1:]], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([PYTHON, str(ROOT / 'tests' / 'forked.py'), *words[1:]], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
     return run
 
@@ -109,7 +165,7 @@ def trained(tmp_path_factory):
     parts = dict(train=TEXT[:cut], val=TEXT[cut:])
     write_dataset(str(home / 'data/mini'), {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()},
                   tokenizer, dict(name='mini', url=None, sha256='', stand_in=False))
-    subprocess.run([sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=30'],
+    subprocess.run([PYTHON, str(ROOT / 'train.py'), *TINY, '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=30'],
                    cwd=home, check=True, capture_output=True, timeout=120)
     return home / 'out'
 

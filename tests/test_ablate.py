@@ -7,11 +7,10 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import KILL, PYTHON, ROOT
 
 TINY = '--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 --warmup_iters=0 ' \
        '--eval_iters=2 --dtype=float32 --dataset=mini'
@@ -33,7 +32,7 @@ def whole(trained, tmp_path_factory):
     """A working folder in which the study of two variants with two seeds has run in one piece; what it printed in said."""
     home = tmp_path_factory.mktemp('whole')
     shutil.copytree(trained.parent / 'data', home / 'data')
-    done = subprocess.run([sys.executable, str(ROOT / 'ablate.py'), 'heads', *HEADS], cwd=home, capture_output=True, text=True,
+    done = subprocess.run([PYTHON, str(ROOT / 'ablate.py'), 'heads', *HEADS], cwd=home, capture_output=True, text=True,
                           check=True, timeout=300)
     (home / 'out.txt').write_text(done.stdout)
     (home / 'err.txt').write_text(done.stderr)
@@ -76,12 +75,12 @@ def test_the_interval_is_welchs(whole, folder):
 def test_a_study_cut_off_goes_on(whole, script, folder, number):
     """What was done stays as it was, what was not is done, and the results are those of a study in one piece."""
     shutil.copytree(whole / 'data', 'data')
-    process = subprocess.Popen([sys.executable, str(ROOT / 'ablate.py'), 'heads', *HEADS], stderr=subprocess.PIPE,
+    process = subprocess.Popen([PYTHON, str(ROOT / 'ablate.py'), 'heads', *HEADS], stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, text=True)
     for line in process.stderr:
         if '1 of 4' in line:
             break
-    process.send_signal(number)
+    process.send_signal(KILL if number == signal.SIGKILL else number)
     rest, code = process.stderr.read(), process.wait(timeout=60)
     assert code == (130 if number == signal.SIGINT else -9)
     assert number == signal.SIGKILL or 'the same command goes on' in rest

@@ -6,12 +6,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 
 FILES = {'attention.npz', 'attention.png', 'depth_scan.csv', 'depth_scan.png', 'embeddings.png', 'gradients.csv', 'gradients.png',
          'head.png', 'head_ablation.csv', 'head_ablation.png', 'losses.png', 'report.html'}
@@ -32,6 +31,7 @@ def run(trained, folder):
     return folder
 
 
+@pytest.mark.pictures
 def test_analyze(script, run):
     result = script('analyze.py', '--device=cpu', '--start=VAL:3', '--layer=1', '--head=1', '--windows=5')
     assert result.code == 0, result.err
@@ -93,6 +93,7 @@ def tiny(run, **fields):
         tokenizer=ByteTokenizer().state(), model_args=model.config.__dict__, model=model.state_dict(), config={}))
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('fields', [
     dict(block_size=2), dict(block_size=3, n_layer=1, n_head=1), dict(pos='rope'), dict(norm='post', residual=False, bias=False),
     dict(pos='none', norm='none', qk_norm=True, tie_weights=False)])
@@ -118,6 +119,7 @@ def test_losses_that_are_no_numbers_are_refused(refused, run):
     assert not (run / 'out/analysis').exists()
 
 
+@pytest.mark.pictures
 def test_names_are_no_formulas(script, run):
     (run / 'a$\\frac$').mkdir()
     shutil.copy('out/best.pt', 'a$\\frac$/b.pt')
@@ -125,7 +127,7 @@ def test_names_are_no_formulas(script, run):
 
 
 def test_ctrl_c_leaves_nothing(run):
-    process = subprocess.Popen([sys.executable, str(ROOT / 'analyze.py'), '--device=cpu', '--windows=60'],
+    process = subprocess.Popen([PYTHON, str(ROOT / 'analyze.py'), '--device=cpu', '--windows=60'],
                                stderr=subprocess.PIPE, text=True)
     while 'parameters' not in process.stderr.readline():   # then its folder is there
         pass

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import COMPILED
 from test_model import rough, small, tokens
 from torch.nn import functional as F
 
@@ -58,23 +59,27 @@ def test_narrow_replaces_every_matrix_and_nothing_else():
     assert torch.equal(net.transformer.wte.weight, before) and {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize('changes', [{}, dict(pos='rope', n_head=1, n_embd=26, norm='post')])
-def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes):
-    """Token for token, up to and beyond block_size, also for several texts, which go on uncompiled."""
+@COMPILED
+@pytest.mark.parametrize('changes, steps', [({}, ['uncompiled']), (dict(pos='rope', n_head=1, n_embd=26, norm='post'), ['uncompiled', 'compiled'])])
+def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes, steps):
+    """Token for token, up to and beyond block_size, also for several texts, which go on uncompiled.
+
+    Learned positions are compiled in test_compiled_sample, likewise up to and beyond block_size, and for several texts."""
     torch._dynamo.reset()
     net, idx = rough(small(**changes)).eval(), tokens(1, 5)
     chance = gpt.chances([1, 2, 3], 34)
     expected = {rows: torch.cat(list(net.stream(idx, 34, chance=chance[:rows])), 1) for rows in (1, 3)}
     greedy = net.generate(idx, 34, temperature=0, kv_cache=False)
     decoding.narrow(net, 'float32')
-    for compiled in (False, True):
-        if compiled:
+    for kind in steps:
+        if kind == 'compiled':
             decoding.compile_steps(net)
         for rows in (1, 3):
             assert torch.equal(torch.cat(list(net.stream(idx, 34, chance=chance[:rows])), 1), expected[rows])
         assert torch.equal(net.generate(idx, 34, temperature=0), greedy)
 
 
+@COMPILED
 @pytest.mark.parametrize('quantize', ['', 'int8'])
 def test_compiled_and_not_agree_but_for_rounding(quantize):
     torch._dynamo.reset()
@@ -147,8 +152,11 @@ def test_sample_says_how_many_tokens_recompute_the_window(script, trained, folde
     assert '15 of 30 tokens go beyond block_size=16' in result.err   # 2 + 14 fill the window, and one more comes of it
 
 
+@COMPILED
 def test_compiled_sample(script, trained, folder):
     torch._dynamo.reset()
-    texts = [script('sample.py', f'--out_dir={trained}', '--start=so', '--max_new_tokens=12', '--device=cpu', '--dtype=float32',
-                    f'--compile={choice}').out for choice in (True, False)]
-    assert texts[0] == texts[1] and len(texts[0]) == 15
+    flags = [f'--out_dir={trained}', '--start=so', '--device=cpu', '--dtype=float32', '--max_new_tokens=34']
+    one, several = ([script('sample.py', *flags, f'--num_samples={count}', f'--compile={choice}').out for choice in (True, False)]
+                    for count in (1, 3))
+    assert one[0] == one[1] and len(one[0]) == 37
+    assert several[0] == several[1] and len(several[0]) > 3 * 37

@@ -1,6 +1,7 @@
 """Faults: kills, damage, full disks, lost ranks, hostile files. pytest tests/test_faults.py
 
 Each test was seen failing without the protection it is about; the long form is tests/torture.py."""
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, read_log, same_weights, without_times
+from conftest import PYTHON, ROOT, TINY, read_log, same_weights, without_times
 
 import checkpoint
 import data
@@ -110,7 +110,7 @@ def test_an_old_run_without_its_last_is_kept_too(mini, script):
 
 def test_two_runs_in_one_folder(mini, refused):
     """The second is refused while the first one writes."""
-    run = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *TINY, '--max_iters=100000', '--decay_lr=False'], stderr=subprocess.PIPE,
+    run = subprocess.Popen([PYTHON, str(ROOT / 'train.py'), *TINY, '--max_iters=100000', '--decay_lr=False'], stderr=subprocess.PIPE,
                            text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     try:
         assert any(line.startswith('iter 0: loss') for line in run.stderr)
@@ -141,23 +141,38 @@ def test_saving_in_between(mini, script, knob):
 def test_a_restart_before_the_run_began_is_a_new_run(mini, forked):
     """A rank dies while it starts, in a folder that holds an earlier run: the restart must not take that for its own."""
     forked([2, 'train.py', *TINY, '--gradient_accumulation_steps=2', '--max_iters=3', '--seed=1'])
-    (mini / 'sitecustomize.py').write_text("""import os, signal
-if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-    os.kill(os.getpid(), signal.SIGKILL)
+    (mini / 'start.py').write_text("""import os, runpy, signal, sys, time
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    if os.environ['RANK'] == '1':
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)   # the other rank is still starting when torchrun ends it
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
 """)
-    done = subprocess.run([sys.executable, *TORCHRUN, '--max-restarts=1', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
-                           '--max_iters=5'], env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': '.'}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([PYTHON, *TORCHRUN, '--max-restarts=1', 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
+                           '--max_iters=5'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and 'resumed' not in done.stderr, done.stderr
     assert len(read_log('out/log.csv')) == 6 and checkpoint.load('out/earlier-1/last.pt')['iter_num'] == 3
 
 
 def test_torture_in_short(folder):
     """tests/torture.py with every part of it: kills, of one process and of two ranks, damage, a full disk, bad inputs."""
-    done = subprocess.run([sys.executable, str(ROOT / 'tests' / 'torture.py'), '--minutes=0.1', '--seed=1'], capture_output=True, text=True,
+    done = subprocess.run([PYTHON, str(ROOT / 'tests' / 'torture.py'), '--minutes=0.05', '--seed=1'], capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0 and 'all held' in done.stdout, done.stdout + done.stderr
     counts = [int(n.replace(',', '')) for n in re.findall(r'^(?:\d rank.*?: |damaged checkpoints: |bad inputs: )([\d,]+)', done.stdout, re.M)]
     assert len(counts) == 4 and min(counts[:2]) >= 1 and min(counts[2:]) >= 20, done.stdout
+
+
+def process_of_rank(rank):
+    """Return the process id of a rank that torchrun has started in this folder."""
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):   # it has just ended
+            environment = (process / 'environ').read_bytes().split(b'\0')
+            if f'RANK={rank}'.encode() in environment and os.readlink(process / 'cwd') == os.getcwd():
+                return int(process.name)
+    raise LookupError(f'no process of rank {rank}')
 
 
 def test_killed_rank_is_restarted(mini, forked):
@@ -166,15 +181,14 @@ def test_killed_rank_is_restarted(mini, forked):
               '--lr_decay_iters=40']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     forked([2, 'train.py', *common[1:], '--out_dir=whole'])
-    run = subprocess.Popen([sys.executable, *TORCHRUN, '--max-restarts=2', *common], stderr=subprocess.PIPE, text=True, env=environment)
+    run = subprocess.Popen([PYTHON, *TORCHRUN, '--max-restarts=2', *common], stderr=subprocess.PIPE, text=True, env=environment)
     said = []
     watchdog = threading.Timer(90, run.kill)   # a hang is a failure, not a wait
     watchdog.start()
     for line in run.stderr:
         said.append(line)
         if line.startswith('iter 15: loss') and not any('resumed' in line for line in said):
-            children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(run.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
+            os.kill(process_of_rank(1), signal.SIGKILL)
     watchdog.cancel()
     assert run.wait(120) == 0, ''.join(said)
     assert any('resumed from out/last.pt' in line for line in said)
@@ -190,15 +204,14 @@ def test_two_agents(mini, forked):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=2', '--rdzv_backend=c10d',
+    agent = [PYTHON, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=2', '--rdzv_backend=c10d',
              f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=1', '--local_addr=127.0.0.1']
     runs = [subprocess.Popen([*agent, *common], stderr=open(f'agent{i}.log', 'w'), env=environment) for i in range(2)]
     deadline, killed = time.monotonic() + 100, False
     while any(run.poll() is None for run in runs) and time.monotonic() < deadline:
         said = ''.join(open(f'agent{i}.log').read() for i in range(2))
         if not killed and 'iter 10: loss' in said:
-            workers = [subprocess.run(['ps', '-o', 'pid=', '--ppid', str(run.pid)], capture_output=True, text=True).stdout.split() for run in runs]
-            os.kill(int(workers[1][-1]), signal.SIGKILL)
+            os.kill(process_of_rank(1), signal.SIGKILL)
             killed = True
         time.sleep(0.1)
     for run in runs:
@@ -211,7 +224,7 @@ def test_two_agents(mini, forked):
 
 def test_ranks_agree_on_the_step_of_a_signal(mini):
     """SIGTERM to torchrun, as a scheduler sends it: all ranks end after the same step, saved, and the run goes on from there."""
-    common = [sys.executable, *TORCHRUN, str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--eval_interval=100000']
+    common = [PYTHON, *TORCHRUN, str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--eval_interval=100000']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     run = subprocess.Popen([*common, '--max_iters=100000', '--decay_lr=False'], stderr=subprocess.PIPE, text=True, env=environment)
     watchdog = threading.Timer(60, run.kill)
@@ -244,7 +257,7 @@ def test_one_ranks_error_ends_all(mini, process):
     code = 'import data, runpy, sys; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
            'runpy.run_path(sys.argv[0], run_name="__main__")'
     (mini / 'start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {code}')
-    done = subprocess.run([sys.executable, *TORCHRUN, 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
+    done = subprocess.run([PYTHON, *TORCHRUN, 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
                            '--max_iters=1000', '--lr_decay_iters=1000', '--eval_interval=1000'], capture_output=True, text=True, timeout=120,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode != 0 and 'token 999 is outside the vocabulary' in done.stderr
@@ -283,7 +296,7 @@ checkpoint.save = limited
 sys.argv = ['train.py', *sys.argv[1:]]
 runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
 '''
-    done = subprocess.run([sys.executable, '-c', code, *TINY, '--eval_interval=2'], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([PYTHON, '-c', code, *TINY, '--eval_interval=2'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert 'last.pt could not be written (File too large); the older checkpoint is as it was' in done.stderr
     assert done.stderr.splitlines()[-1].startswith('error: ') and 'make room' in done.stderr
@@ -338,7 +351,7 @@ def test_out_of_memory_is_not_any_error(mini, script, monkeypatch):
 # ---- big data ------------------------------------------------------------------------------------------------------
 
 def test_memory_stays_flat_on_20_gigabytes(folder):
-    """A sparse 20 GB split: opened without being read, thousands of batches later still small."""
+    """A sparse 20 GB split: opened without being read, and many batches later still small (15 MB, if pages were kept)."""
     os.makedirs('data/big')
     for name, size in (('train.bin', 20_000_000_000), ('val.bin', 2_000)):
         with open(f'data/big/{name}', 'wb') as f:
@@ -347,7 +360,7 @@ def test_memory_stays_flat_on_20_gigabytes(folder):
 import resource, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import data
-data.RELEASE_AFTER = 8 << 20
+data.RELEASE_AFTER = 2 << 20
 with open('data/big/meta.pkl', 'wb') as f:
     __import__('pickle').dump(dict(itos={{0: 'a'}}), f)
 def resident():
@@ -356,13 +369,13 @@ started = time.monotonic()
 windows = data.TrainingWindows(data.Dataset('big'), 'train', 1024, 0)
 windows.batch(0, 8)
 opened, before = time.monotonic() - started, resident()
-for i in range(100):
+for i in range(30):
     windows.batch(8 * i, 8)
 print(opened, resident() - before)
 '''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([PYTHON, '-c', code], capture_output=True, text=True, timeout=120)
     opened, grown = map(float, done.stdout.split())
-    assert opened < 5 and grown < 40e6, (opened, grown, done.stderr)
+    assert opened < 5 and grown < 8e6, (opened, grown, done.stderr)
 
 
 # ---- damaged and hostile files -------------------------------------------------------------------------------------
@@ -590,8 +603,8 @@ def test_unzip_refuses(folder, harm):
 
 
 def test_unzip_of_a_bomb_stays_small(folder):
-    """A gigabyte that packs into a megabyte is read no further than the size expected."""
-    zipped('bomb.zip', ('book', bytes(1 << 30)))
+    """What packs to a thousandth is read no further than the size expected."""
+    zipped('bomb.zip', ('book', bytes(1 << 26)))
     tracemalloc.start()
     with pytest.raises(OSError, match='has not'):
         unzip('bomb.zip', 'book', 1000)

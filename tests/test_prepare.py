@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import KILL, PYTHON, ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,11 +232,11 @@ def test_interrupted(folder, script, how):
     with open('b.txt', 'wb') as f:
         for _ in range(300):
             f.write(os.urandom(100_000).hex().encode() + b'\n')
-    run = subprocess.Popen([sys.executable, str(ROOT / 'prepare_text.py'), '--input=b.txt', '--name=mine'], stderr=subprocess.PIPE)
+    run = subprocess.Popen([PYTHON, str(ROOT / 'prepare_text.py'), '--input=b.txt', '--name=mine'], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(Path('data/mine').glob('*.part')) and time.monotonic() < deadline:
         time.sleep(0.01)
-    run.send_signal(how)
+    run.send_signal(KILL if how == signal.SIGKILL else how)
     run.communicate(timeout=60)
     assert run.returncode == (-9 if how == signal.SIGKILL else 128 + how)
     assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir() if path.suffix != '.part'} == before
@@ -252,7 +252,7 @@ def test_interrupted_in_the_middle_of_the_others(folder, name):
             f.write(os.urandom(50_000).hex().encode() + b'\n')
     slow = 'import os, time, data; real = data.np.asarray; data.np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
     Path('start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {slow}; import runpy; runpy.run_path({str(ROOT / name)!r}, run_name="__main__")')
-    run = subprocess.Popen([sys.executable, 'start.py', '--input=b.txt', *['--partial'] * ('enwik8' in name)], stderr=subprocess.PIPE)
+    run = subprocess.Popen([PYTHON, 'start.py', '--input=b.txt', *['--partial'] * ('enwik8' in name)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(Path('data').glob('*/*.part')) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED
+from conftest import COMPILED, PYTHON, ROOT, SHARED
 
 from data import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_dataset
 from model import GPT, GPTConfig
@@ -95,7 +95,7 @@ def home(tmp_path_factory):
     (home / 'nanogpt/model.py').write_text(NANOGPT)
     small = ['--n_layer=2', '--n_head=4', '--n_embd=16', '--max_iters=2', '--eval_iters=1', '--device=cpu']
     for config in (MAIN, 'config/train_enwik8.py'):
-        subprocess.run([sys.executable, str(ROOT / 'train.py'), str(ROOT / config), *small], cwd=home, check=True, timeout=120)
+        subprocess.run([PYTHON, str(ROOT / 'train.py'), str(ROOT / config), *small], cwd=home, check=True, timeout=120)
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=1024))
     gpt2.save_pretrained(home / 'gpt2')
@@ -130,6 +130,16 @@ def filled_in(command):
     return command
 
 
+def few_sequences(flags):
+    """Return flags for small batches; a command that differs from a config's by a flag prints no samples: the others do."""
+    more = []
+    if not any(flag.startswith('--batch_size') for flag in flags):
+        more.append('--batch_size=2')
+    if flags[0].startswith('config/') and len(flags) > 1 + len(BUDGET['train.py']):
+        more.append('--sample_interval=0')
+    return more
+
+
 @pytest.fixture
 def place(home, tmp_path, monkeypatch):
     """A copy of that home to run a command in, with what it needs of an environment."""
@@ -142,11 +152,15 @@ def place(home, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('command', [c for c in commands() if 'torchrun' not in c])
+@pytest.mark.pictures
+@pytest.mark.parametrize('command', [pytest.param(command, marks=COMPILED if command.endswith('--compile') else [])
+                                     for command in commands() if 'torchrun' not in command])
 def test_command(place, script, command, recwarn):
     given, _, words = filled_in(command).rpartition(' | ')
     name, *flags = shlex.split(words)[1:]
     flags += BUDGET[name]
+    if name == 'train.py':
+        flags += few_sequences(flags)
     if name == 'bench.py':
         flags += ['--quick'] if 'train' in flags else ['--tokens=4', '--runs=1', '--context=8', '--batch=1', '--compile=False']
     if name == 'ablate.py' and '--report' in flags:
@@ -167,14 +181,22 @@ def test_command(place, script, command, recwarn):
     assert result.out or name in ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py', 'export_hf.py', 'bench.py'), result.err
 
 
-@pytest.mark.parametrize('command', [c for c in commands() if 'torchrun' in c])
+SEVERAL_RANKS = [command for command in commands() if 'torchrun' in command]
+
+
+@pytest.mark.parametrize('command', SEVERAL_RANKS)
 def test_command_for_several_ranks(place, command):
-    """As it stands, on two ranks; the line for two machines is started twice, srun and scontrol stand for Slurm's."""
+    """As it stands, on two ranks; the line for two machines is started twice, srun and scontrol stand for Slurm's.
+
+    The first command is torchrun's and its ranks' start afresh; for the others PYTHON runs the same torchrun."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     (place / 'bin').mkdir()
-    for name, does in dict(srun='exec "$@"', scontrol='echo 127.0.0.1').items():
+    stand_ins = dict(srun='exec "$@"', scontrol='echo 127.0.0.1')
+    if command != SEVERAL_RANKS[0]:
+        stand_ins['torchrun'] = f'exec {PYTHON} {Path(sys.executable).parent / "torchrun"} "$@"'
+    for name, does in stand_ins.items():
         (place / 'bin' / name).write_text(f'#!/bin/sh\n{does}\n')
         (place / 'bin' / name).chmod(0o755)
     line = filled_in(command).replace('HOST1', '127.0.0.1').replace('29500', str(port))

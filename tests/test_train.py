@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
+from conftest import PYTHON, ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
 
 import checkpoint
 import fast
@@ -23,6 +23,7 @@ def flags(**knobs):
 
 # ---- what a run leaves and says ------------------------------------------------------------------------------------
 
+@pytest.mark.pictures
 def test_a_run(mini, script):
     result = script('train.py', *TINY, '--sample_interval=5')
     assert result.code == 0 and result.out == '' and 'Warning' not in result.err
@@ -249,7 +250,7 @@ def test_accumulation_not_divisible_by_ranks(mini, process):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_so(mini, number):
     """Ctrl-C or a preemption ends after the step, saved, with 128 + signal; resuming reaches the uninterrupted weights."""
-    command = [sys.executable, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
+    command = [PYTHON, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
                '--out_dir=out a']
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in run.stderr:
@@ -372,7 +373,16 @@ compile = False
 
 def test_data_is_prepared_when_missing(folder, script, monkeypatch):
     """No network: the main job's config trains on the stand-in, loudly, every time."""
-    monkeypatch.setattr('time.sleep', lambda s: None)
+    (folder / 'python').write_text(f"""#!/bin/sh
+exec {PYTHON} -c '
+import os, runpy, sys, time
+time.sleep = lambda seconds: None   # between the tries of the download
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
+""")
+    (folder / 'python').chmod(0o755)
+    monkeypatch.setattr('conftest.PYTHON', str(folder / 'python'))
     for variable in ('HTTPS_PROXY', 'https_proxy'):
         monkeypatch.setenv(variable, 'http://127.0.0.1:9')   # nothing listens there
     short = ['config/train_shakespeare_char.py', '--max_iters=1', '--n_layer=1', '--n_embd=12', '--batch_size=2', '--device=cpu',
@@ -531,8 +541,9 @@ def test_mfu_is_of_a_known_peak_only(monkeypatch):
 
 # ---- what fresh eyes found -----------------------------------------------------------------------------------------
 
-def test_prepare_never_costs_real_data(mini, refused):
+def test_prepare_never_costs_real_data(mini, refused, monkeypatch):
     """A dataset that is missing is not made by another one's prepare, and a stand-in never replaces what is there."""
+    monkeypatch.setattr('time.sleep', lambda s: None)
     os.rename('data/mini', 'data/shakespeare_char')
     before = open('data/shakespeare_char/meta.json').read()
     refused('train.py', *TINY, '--dataset=shakespeare', '--prepare=prepare_shakespeare.py --tokenizer=char', words=['makes shakespeare_char'])
@@ -594,6 +605,7 @@ def test_padded_vocabulary_samples_while_training(mini, script):
     assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4', '--sample_interval=1').code == 0
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('column, value', [(2, 'edited'), (0, '\u00b2'), (0, '9' * 5000), (1, '9' * 400), (3, '"' + 'x' * 200_000)])
 def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     script('train.py', *TINY, '--max_iters=5')
