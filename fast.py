@@ -13,9 +13,14 @@ import types
 import torch
 from torch import nn
 
-from model import GPT, fused_attention
-from runtime import aside, captured, cpu_has_bf16
+from model import ACTIVATIONS, GPT, fused_attention
+from runtime import aside, captured, cpu_has_avx512, cpu_has_bf16
 
+# Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one an iteration. Each is the one nearest to 1 on the
+# interval that the ones before it leave, beginning with 0.01 to 1 (the polar express, arXiv 2505.16932): after three of them
+# s is between 0.73 and 1.27, as after the five of (3.4445, -4.775, 2.0315) that torch.optim.Muon takes, for three fifths of
+# the products. The main job's loss after 1,000 steps is the same: 1.5701 and 1.5694, two seeds each (results/speed.md).
+POLAR = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 KEEP_WEIGHTS = 512     # tokens up to which attention keeps its weights for the backward pass
 ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, which a processor's cache may hold
 
@@ -28,6 +33,8 @@ def speed_up(model):
         for layer in list(model.modules()):
             if getattr(layer, 'attend', None) is fused_attention:   # not where the explicit formula was asked for
                 layer.attend = attend
+            if getattr(layer, 'activation', None) is ACTIVATIONS['gelu']:
+                layer.activation = gelu
             for name, child in layer.named_children():
                 if type(child) is nn.Dropout:
                     setattr(layer, name, Dropout(child.p))
@@ -60,16 +67,74 @@ class Dropout(nn.Dropout):
         return x * kept(x.shape, self.p, x.dtype).div_(1 - self.p)
 
 
+# ---- activation ----------------------------------------------------------------------------------------------------
+
+def gelu(x):
+    """Return GPT-2's GELU of x, any shape: in fp32 by a sigmoid, else as torch computes it.
+
+    Forward and backward of (2048, 512) in fp32 take 1.8 instead of 3.2 ms with AVX2, and 1.8 instead of 2.3 with AVX512. In
+    bf16 each of the steps below would round, so torch's kernel, which rounds once, stays."""
+    if x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return ACTIVATIONS['gelu'](x)
+    return SigmoidGELU.apply(x)
+
+
+class SigmoidGELU(torch.autograd.Function):
+    """x/2 (1 + tanh u) = x sigmoid(2u), where 2u = x (LINEAR + CUBIC x^2): the tanh form of GELU (arXiv 1606.08415).
+
+    A sigmoid takes a quarter of a tanh's time. Every line is one pass over the numbers; addcmul would save one pass and take
+    fifteen times as long, as its kernel does not vectorize a constant."""
+    LINEAR = 2 * math.sqrt(2 / math.pi)
+    CUBIC = 0.044715 * LINEAR
+
+    @staticmethod
+    def forward(ctx, x):
+        s = x * x
+        s.mul_(SigmoidGELU.CUBIC)
+        s.add_(SigmoidGELU.LINEAR)
+        s.mul_(x)                                                                                 # 2u
+        s.sigmoid_()
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, s = ctx.saved_tensors
+        dx = x * x
+        dx.mul_(3 * SigmoidGELU.CUBIC)
+        dx.add_(SigmoidGELU.LINEAR)                                                               # (2u)'
+        dx.mul_(x)
+        torch.ops.aten.sigmoid_backward(dx, s, grad_input=dx)                                     # x (2u)' s (1 - s)
+        dx.add_(s)
+        return dx.mul_(dy)
+
+
 # ---- attention on a processor --------------------------------------------------------------------------------------
 
 def attend(q, k, v, dropout=0.0):
-    """model.py's attention in training, in blocks."""
+    """model.py's attention in training, in blocks where that is faster."""
     T, S = q.size(-2), k.size(-2)
-    if T != S or not q.requires_grad or torch.compiler.is_compiling():
+    if T != S or not q.requires_grad or torch.compiler.is_compiling() or not blocks_pay(q.dtype, dropout):
         return fused_attention(q, k, v, dropout)
     with torch.autocast('cpu', enabled=False):   # which would make fp32 of the weights, and bf16 again for their product
         y = BlockAttention.apply(*(t.flatten(0, 1) for t in (q, k, v)), dropout, max(64, min(256, T // 4)))
     return y.view_as(q)
+
+
+def blocks_pay(dtype, dropout):
+    """Return whether BlockAttention is faster than scaled_dot_product_attention on this processor.
+
+    Milliseconds of the first and the second, forward and backward, two cores of Zen 4, torch 2.13, as the processor is and
+    as one with AVX2 only. With dropout scaled_dot_product_attention has no fused kernel on a processor.
+
+        (B, nh, T, hs)       bf16         fp32, AVX512   fp32, AVX2   fp32, AVX2, dropout
+        (32, 4, 64, 32)      2.2, 10.9    3.3, 17.5      3.2, 2.9     6.1, 11.0
+        (12, 4, 64, 32)      1.1, 4.3     1.7, 6.3       1.5, 1.1     2.8, 4.3
+        (16, 6, 256, 64)     20.0, 48.9   35.4, 60.4     39.2, 41.9   47.7, 104
+        (1, 12, 1024, 64)    35.4, 46.8   58.6, 53.9     63.2, 58.0   102, 201
+    """
+    return dtype != torch.float32 or dropout > 0 or cpu_has_avx512()
 
 
 class BlockAttention(torch.autograd.Function):
@@ -223,19 +288,20 @@ class Muon(torch.optim.Muon):
                 averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
                 updates = torch.stack(torch._foreach_lerp(grads, averages, group['momentum']))    # Nesterov's look ahead
-                updates = orthogonalized(updates if self.precise else updates.bfloat16(), group)
+                updates = orthogonalized(updates if self.precise else updates.bfloat16(), group['eps'])
                 updates = list((updates.to(params[0].dtype) * (group['lr'] * math.sqrt(max(1, rows / columns)))).unbind())
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_sub_(params, updates)
 
 
-def orthogonalized(x, group):
-    """Five Newton-Schulz iterations that take the singular values of matrices (n, rows, columns) towards 1."""
-    a, b, c = group['ns_coefficients']
+def orthogonalized(x, eps):
+    """Return matrices (n, rows, columns) with the same singular vectors and singular values near 1, by POLAR's polynomials.
+
+    s -> a s + b s^3 + c s^5 is a x + (b g + c g g) x, where g = x xT. eps: the least norm that is divided by."""
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
-    for _ in range(group['ns_steps']):
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for a, b, c in POLAR:
         gram = x @ x.mT                                                                           # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -103,11 +103,14 @@ def find_device(name):
     return name
 
 
-def cpu_has_bf16():
-    """Return whether this processor multiplies bf16 in hardware. Emulation is 44 to 500 times slower (pytorch #146508).
+def cpu_has_avx512():
+    """Return whether torch uses AVX512 here. ATEN_CPU_CAPABILITY=avx2 makes it treat any processor as one with AVX2 only."""
+    return torch.backends.cpu.get_cpu_capability() not in ('DEFAULT', 'NO AVX', 'AVX2')
 
-    ATEN_CPU_CAPABILITY=avx2 makes torch treat any processor as one with AVX2 only; such a processor has no bf16."""
-    if torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'NO AVX', 'AVX2'):
+
+def cpu_has_bf16():
+    """Return whether this processor multiplies bf16 in hardware. Emulation is 44 to 500 times slower (pytorch #146508)."""
+    if not cpu_has_avx512():
         return False
     probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

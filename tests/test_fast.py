@@ -25,6 +25,16 @@ def descend(net, loss, optimizers, parts):
     net.zero_grad(set_to_none=True)
 
 
+CLASSIC = ((3.4445, -4.775, 2.0315),) * 5   # torch.optim.Muon's polynomial, five times
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Attention by blocks on every processor, also where scaled_dot_product_attention is faster."""
+    monkeypatch.setattr(fast, 'blocks_pay', lambda dtype, dropout: True)
+
+
+@pytest.mark.usefixtures('blocks')
 @pytest.mark.parametrize('T', [1, 3, 64, 128, 129, 300, 600, 1100])   # above KEEP_WEIGHTS weights are computed twice
 def test_attention_by_blocks_is_the_formula(T):
     """Its values, and the gradients of q, k and v, which the formula's autograd gives."""
@@ -58,6 +68,7 @@ def test_attention_drops_weights_and_differentiates_what_it_dropped(T, monkeypat
         assert abs(sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) - 0.7) < 0.005
 
 
+@pytest.mark.usefixtures('blocks')
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_long_attention_keeps_nothing_quadratic(dropout):
     """Above KEEP_WEIGHTS tokens the backward pass is left q, k and v alone; up to there weights and masks, too."""
@@ -70,6 +81,25 @@ def test_long_attention_keeps_nothing_quadratic(dropout):
     assert saved(fast.KEEP_WEIGHTS + 88) == 2 * 600 * 8 and saved(fast.KEEP_WEIGHTS) > 2 * 512 * 8
 
 
+@pytest.mark.parametrize('avx512, dtype, dropout, expected', [
+    (True, torch.bfloat16, 0.0, True), (True, torch.float32, 0.0, True), (False, torch.float32, 0.0, False),
+    (False, torch.float32, 0.2, True)])
+def test_attention_is_chosen_by_the_processor(monkeypatch, avx512, dtype, dropout, expected):
+    """Each kind of processor gets what was faster there; both ways compute the formula."""
+    monkeypatch.setattr(fast, 'cpu_has_avx512', lambda: avx512)
+    q, k, v = (torch.randn(2, 3, 16, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    y = fast.attend(q, k, v, dropout)
+    names, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [parent for parent, _ in node.next_functions if parent]
+    assert ('BlockAttentionBackward' in names) == expected
+    if not dropout:
+        assert torch.allclose(y, gpt.explicit_attention(q, k, v), atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.usefixtures('blocks')
 def test_attention_by_blocks_is_taken_in_training_alone():
     net = fast.speed_up(GPT(GPTConfig(**SMALL)))
     taken = net(torch.zeros(1, 8, dtype=torch.long))[0].grad_fn
@@ -83,6 +113,27 @@ def test_attention_by_blocks_is_taken_in_training_alone():
         assert net.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape == (1, 4)
     explicit = fast.speed_up(GPT(GPTConfig(**SMALL, flash=False)))
     assert explicit.transformer.h[0].attn.attend is gpt.explicit_attention
+
+
+def test_gelu_by_a_sigmoid_is_the_tanh_form():
+    """In float64 value and gradient are torch's to 1e-12, from where it is 0 to where it is x; in fp32 to fp32's rounding."""
+    x = torch.cat((torch.linspace(-12, 12, 4001, dtype=torch.float64), torch.tensor([-1e5, -0.0, 1e5], dtype=torch.float64)))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        ours, theirs = (x.clone().to(dtype).requires_grad_() for _ in range(2))
+        y, expected = fast.SigmoidGELU.apply(ours), F.gelu(theirs, approximate='tanh')
+        assert torch.allclose(y, expected, rtol=tolerance, atol=tolerance)
+        upstream = torch.randn(x.shape, dtype=dtype)
+        y.backward(upstream)
+        expected.backward(upstream)
+        assert torch.allclose(ours.grad, theirs.grad, rtol=tolerance, atol=3 * tolerance)
+
+
+def test_gelu_rounds_once_in_bf16_and_leaves_other_activations_alone():
+    x = torch.randn(1000).bfloat16()
+    assert torch.equal(fast.gelu(x), F.gelu(x, approximate='tanh'))
+    for name, function in gpt.ACTIVATIONS.items():
+        mlp = fast.speed_up(GPT(GPTConfig(**SMALL, activation=name))).transformer.h[0].mlp
+        assert mlp.activation is (fast.gelu if name == 'gelu' else function)
 
 
 @pytest.mark.parametrize('p', [0.0, 0.1, 0.5, 0.999])
@@ -192,8 +243,10 @@ def test_a_copy_of_a_faster_model_computes_with_its_own_weights():
 
 
 @pytest.mark.parametrize('precise', [False, True])
-def test_muon_is_torchs_matrix_by_matrix(precise):
-    """Three steps with matrices of three shapes beside torch.optim.Muon, whose products are in bf16."""
+def test_muon_is_torchs_matrix_by_matrix(precise, monkeypatch):
+    """Three steps with matrices of three shapes beside torch.optim.Muon, with its polynomials; its products are in bf16."""
+    monkeypatch.setattr(fast, 'POLAR', CLASSIC)
+
     def run(kind, **settings):
         torch.manual_seed(6)
         params = [nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (32, 8), (8, 32), (8, 8), (8, 32))]
@@ -209,15 +262,32 @@ def test_muon_is_torchs_matrix_by_matrix(precise):
     assert all(set(state) == {'momentum_buffer'} for state in opt.state_dict()['state'].values())
 
 
-def test_orthogonalized_is_the_polynomial_of_the_singular_values():
-    """In fp64: u p(p(...(s))) v of the singular value decomposition, p(s) = a s + b s^3 + c s^5."""
+def test_orthogonalized_is_the_polynomials_of_the_singular_values():
+    """In float64: u p3(p2(p1(s))) v of the singular value decomposition, for wide, tall and square matrices."""
     torch.manual_seed(7)
-    x = torch.randn(3, 12, 5, dtype=torch.float64)
-    group = dict(ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
-    u, s, vh = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
-    for _ in range(5):
-        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-    assert torch.allclose(fast.orthogonalized(x, group), u @ torch.diag_embed(s) @ vh, atol=1e-9)
+    for shape in ((3, 12, 5), (3, 5, 12), (2, 8, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        u, s, vh = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+        for a, b, c in fast.POLAR:
+            s = a * s + b * s**3 + c * s**5
+        assert torch.allclose(fast.orthogonalized(x, 1e-7), u @ torch.diag_embed(s) @ vh, atol=1e-9)
+
+
+def test_polar_polynomials_are_the_best_of_their_intervals():
+    """scipy's linear program finds the same polynomials, each on the interval the ones before it leave."""
+    import numpy as np
+    from scipy.optimize import linprog
+    low, high = 0.01, 1.0
+    for polynomial in fast.POLAR:
+        s = np.linspace(low, high, 2000)
+        powers = np.stack((s, s**3, s**5), axis=1)
+        ones = np.ones((len(s), 1))
+        # the least error e with -e <= 1 - p(s) <= e
+        best = linprog([0, 0, 0, 1], A_ub=np.block([[powers, -ones], [-powers, -ones]]), b_ub=np.concatenate((ones, -ones)),
+                       bounds=[(None, None)] * 3 + [(0, None)]).x
+        assert polynomial == pytest.approx(best[:3], abs=2e-3)
+        low, high = 1 - best[3], 1 + best[3]
+    assert (low, high) == pytest.approx((0.731, 1.269), abs=1e-3)
 
 
 def test_kept_memory_is_asked_for_where_there_is_glibc(monkeypatch):
