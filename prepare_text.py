@@ -171,5 +171,7 @@ where = f' --data_dir={shlex.quote(data_dir)}' * (data_dir != 'data')
 if min(info['tokens'] for info in meta['splits'].values()) <= 65:
     print('note: so little text needs a smaller --block_size, or a larger --val_fraction', file=sys.stderr)
 print(f"""now type
-    python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name}
-    python sample.py --out_dir=out-{name}""", file=sys.stderr)
+    python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name} --max_minutes=5
+    python sample.py --out_dir=out-{name}
+That trains for five minutes at most; for a longer run type --max_iters=20000 --max_minutes=30 behind it as well.""",
+      file=sys.stderr)

@@ -326,6 +326,7 @@ elif cuda_graph:
 model.train()
 peak = runtime.peak_flops(device)
 logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
+drawn_at = time.monotonic()   # when loss.png was drawn last
 while True:
     # the slowest rank's time, so that all end after the same step
     elapsed = runtime.agree([seconds])[0] if max_minutes else seconds
@@ -362,11 +363,12 @@ while True:
         say(f'max_minutes={max_minutes:g} was reached after {step:,} of max_iters={max_iters:,} steps')
     if last:
         log.row(iter=step, tokens=step * tokens_per_step, val_loss=val_loss, seconds=seconds)
-    if val_loss is not None and rank == 0:
-        plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
     due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
                                 bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
     caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)])
+    if rank == 0 and (last or caught or val_loss is not None and time.monotonic() - drawn_at > 30):
+        plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
+        drawn_at = time.monotonic()   # a picture takes a fifth of a second
     if caught or due:
         saved, saved_at = save('last.pt'), time.monotonic()
     if caught and saved:
