@@ -95,8 +95,9 @@ def test_compiled_and_not_agree_but_for_rounding(quantize):
     assert (steps() - before).abs().max() < 0.03 * before.abs().max()
 
 
-@pytest.mark.parametrize('changes', KINDS)
-@pytest.mark.parametrize('T', [1, 20, 31, 32, 40])
+# the length of a prompt matters to positions and to the cache: kinds of positions take each, other kinds one
+@pytest.mark.parametrize('changes, T', [*((changes, T) for changes in KINDS[:3] for T in (1, 20, 31, 32, 40)),
+                                        *((changes, 20) for changes in KINDS[3:])])
 def test_the_step_of_the_graph_gives_the_same_text(changes, T):
     """graph_stream runs on a processor what it records on a GPU."""
     net = rough(small(**changes)).eval()

@@ -549,6 +549,7 @@ def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     assert ('no out/loss.png from' in result.err) == (column in (1, 2))
 
 
+@pytest.mark.pictures   # which the training time leaves out
 def test_target_loss(mini, script):
     """The run ends at the first evaluation below the target on the whole split, says its seconds, and leaves its weights."""
     result = script('train.py', *TINY, '--max_iters=60', '--eval_interval=20', '--lr_decay_iters=60', '--target_loss=2.9')
