@@ -31,6 +31,7 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 # ---- killed at any instant -----------------------------------------------------------------------------------------
 
+@pytest.mark.processor
 def test_two_ranks_resume_exactly(mini, forked):
     common = ['train.py', *TINY, '--gradient_accumulation_steps=2', '--dropout=0.1', '--optimizer=muon', '--dtype=bfloat16', '--max_iters=6',
               '--lr_decay_iters=6', '--eval_interval=3']
