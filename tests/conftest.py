@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pixel import write_pixel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,17 +62,6 @@ def start_fork_server(folder):
         listener.listen(100)
         return subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'fork_server.py'), str(listener.fileno())],
                                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()])
-
-
-PIXEL = bytes.fromhex(   # a PNG of one pixel
-    '89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55'
-    '0000000a49444154789c636000000002000148afa4710000000049454e44ae426082')
-
-
-def write_pixel(figure, path, **settings):
-    """Stand in for Figure.savefig, which takes a tenth of a second."""
-    with open(path, 'wb') as f:
-        f.write(PIXEL)
 
 
 @pytest.fixture

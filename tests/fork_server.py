@@ -23,6 +23,8 @@ import traceback
 import types
 from dataclasses import dataclass
 
+from pixel import write_pixel
+
 # The scripts' slow imports. The project's own modules are not among them: some tests run a changed copy of those.
 IMPORTS = ('torch', 'torch._dynamo', 'torch.distributed.fsdp', 'matplotlib.pyplot', 'scipy.stats')
 # Variables that Python or a package reads while it starts: in a fork a new value would come too late.
@@ -196,6 +198,8 @@ if __name__ == '__main__':
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(KeyError):   # pictures are drawn where pytest's own processes run the scripts
+        sys.modules['matplotlib.figure'].Figure.savefig = write_pixel
     gc.freeze()   # a collection in a fork would copy every page of these modules
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
     if asked:

@@ -15,6 +15,7 @@ from conftest import KILL, PYTHON, ROOT
 TINY = '--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 --warmup_iters=0 ' \
        '--eval_iters=2 --dtype=float32 --dataset=mini'
 FLAGS = ['--device=cpu', f'--flags={TINY}']
+STUDY = pytest.mark.xdist_group('study')   # in one worker: the fixture whole takes 3 s
 HEADS = [*FLAGS, '--variants=1 head, 4 heads', '--seeds=2']
 
 
@@ -39,6 +40,7 @@ def whole(trained, tmp_path_factory):
     return home
 
 
+@STUDY
 def test_a_study(whole, script, folder):
     """Two variants, two seeds: train.py's own losses, a table of them, a picture; nothing is left of the runs."""
     said = (whole / 'err.txt').read_text()
@@ -60,6 +62,7 @@ def test_a_study(whole, script, folder):
     assert not any(path.is_dir() for path in (folder / 'out-ablate/heads').iterdir())
 
 
+@STUDY
 def test_the_interval_is_welchs(whole, folder):
     """The difference's interval is scipy's for samples of unequal variance."""
     from scipy import stats
@@ -71,6 +74,7 @@ def test_the_interval_is_welchs(whole, folder):
     assert [float(x) for x in shown.groups()] == pytest.approx([np.mean(one) - np.mean(four), low, high], abs=6e-5)
 
 
+@STUDY
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_a_study_cut_off_goes_on(whole, script, folder, number):
     """What was done stays as it was, what was not is done, and the results are those of a study in one piece."""
@@ -94,6 +98,7 @@ def test_a_study_cut_off_goes_on(whole, script, folder, number):
     assert '0 runs to do on cpu, 4 in results/ablations/heads.json' in script('ablate.py', 'heads', *HEADS).err
 
 
+@STUDY
 def test_equal_runs_are_taken_from_another_study(whole, script, folder):
     """To the second they took: they are not run again."""
     shutil.copytree(whole, '.', dirs_exist_ok=True)
@@ -182,6 +187,7 @@ def refused_line(refused, flags):
     return refused('ablate.py', *flags)
 
 
+@STUDY
 def test_results_of_other_knobs_are_not_mixed(whole, refused, folder):
     shutil.copytree(whole, '.', dirs_exist_ok=True)
     before = open('results/ablations/heads.json').read()
@@ -205,6 +211,7 @@ def test_a_stand_in_is_refused(refused, mini):
     refused('ablate.py', 'heads', *FLAGS, words=['stand-in'])
 
 
+@STUDY
 def test_a_full_disk(whole, refused, folder):
     """Said in a line, and what was there stays."""
     shutil.copytree(whole, '.', dirs_exist_ok=True)

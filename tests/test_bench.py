@@ -8,6 +8,7 @@ SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--vocab_s
 BENCH = ['bench.py', 'sample', '--net=0.8M', '--device=cpu', '--compile=False', '--tokens=4', '--runs=1', '--context=8']
 
 
+@pytest.mark.processor
 def test_bench(script, folder):
     result = script(*BENCH, '--batch=1,2', '--peer=transformers', '--json=-')
     found = json.loads(result.out)
@@ -46,6 +47,7 @@ def test_bench_sample_mistakes(refused, folder, flags, words):
     refused('bench.py', *flags, '--device=cpu', '--compile=False', words=words)
 
 
+@pytest.mark.processor
 def test_bench_train_quick(script, folder):
     """The table and JSON of a short run, with every figure a reader would divide by another."""
     result = script('bench.py', 'train', '--quick', '--net=0.8M', '--profile', '--dropout=0.1', '--device=cpu', '--json=-')

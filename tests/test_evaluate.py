@@ -36,6 +36,7 @@ def by_hand(stride):
             return nats, scored
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize('stride', [16, 15, 7, 1])
 def test_every_target_once(run, script, stride):
     nats, targets = by_hand(stride)
@@ -56,6 +57,7 @@ def test_ranks_agree(run, forked):
         assert other['nats_per_token'] == pytest.approx(one['nats_per_token'], abs=1e-6) and other['tokens'] == one['tokens']
 
 
+@pytest.mark.processor
 def test_bytes_and_characters(trained, folder, script, gpt2_files):
     """Bits per byte and per character count the text, not the tokens."""
     text = 'né 二 🎉 ' * 100

@@ -12,6 +12,8 @@ import model as gpt
 import runtime
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.processor
+
 SMALL = dict(block_size=32, vocab_size=61, n_layer=2, n_head=3, n_embd=48)
 
 

@@ -44,6 +44,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.processor
 @pytest.mark.parametrize('changes', [{}, dict(tie_word_embeddings=False), dict(activation_function='gelu'),
                                      dict(activation_function='relu2'), dict(n_inner=192), dict(n_layer=1, n_head=1, n_embd=7)])
 def test_there_and_back(folder, changes):
@@ -60,6 +61,7 @@ def test_there_and_back(folder, changes):
     assert load_file('theirs/model.safetensors').keys() == load_file('ours/model.safetensors').keys()
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize('changes', [dict(bias=False), dict(qkv_bias=False), dict(tie_weights=False), dict(activation='relu2'),
                                      dict(activation='gelu_erf'), dict(dropout=0.2, flash=False)])
 def test_ours_in_transformers(folder, changes):

@@ -12,6 +12,8 @@ import fast
 import model as gpt
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.processor
+
 SMALL = dict(block_size=32, vocab_size=61, n_layer=2, n_head=3, n_embd=48)
 KINDS = [{}, dict(bias=False), dict(qkv_bias=False), dict(tie_weights=False), dict(pos='rope'), dict(pos='none'), dict(norm='post'),
          dict(norm='none'), dict(residual=False), dict(qk_norm=True), dict(activation='relu2')]

@@ -19,6 +19,7 @@ def test_text_goes_to_stdout_alone(sample, trained):
     assert set(result.out) <= set(TEXT) and 'best.pt' in result.err
 
 
+@pytest.mark.processor
 def test_greedy_text_is_the_argmax(sample, trained):
     """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
     loaded = checkpoint.load(f'{trained}/best.pt')
@@ -103,6 +104,7 @@ def test_mistakes(refused, trained, folder, flags, words):
     refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize('flag', ['--temperature=1e-40', '--repetition_penalty=1e-300', '--repetition_penalty=1e300', '--top_p=1e-300',
                                   '--temperature=1e300'])
 def test_extreme_knobs_still_draw(sample, flag):

@@ -23,6 +23,7 @@ def flags(**knobs):
 
 # ---- what a run leaves and says ------------------------------------------------------------------------------------
 
+@pytest.mark.processor
 @pytest.mark.pictures
 def test_a_run(mini, script):
     result = script('train.py', *TINY, '--sample_interval=5')
@@ -59,6 +60,7 @@ def test_a_run(mini, script):
     assert re.fullmatch(r'iter 3: loss [\d.]+, perplexity [\d.]+ \| lr [\de.-]+ \| grad norm [\d.]+ \| [\d,]+ tok/s \| \S+ \S+ left', line)
 
 
+@pytest.mark.processor
 def test_final_loss_is_the_whole_split(mini, script):
     """The last val_loss, computed once more from the checkpoint, window by window."""
     script('train.py', *TINY)
@@ -92,6 +94,7 @@ def test_max_iters_zero_and_eval_only(mini, script):
     assert before == (open('out/last.pt', 'rb').read(), open('out/log.csv').read())
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize('knobs', [dict(optimizer='muon'), dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
                                    dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False, tie_weights=False),
                                    dict(dtype='bfloat16', flash=False), dict(grad_clip=0, decay_lr=False, weight_decay=0)])
@@ -101,6 +104,7 @@ def test_every_knob_trains(mini, script, knobs):
     assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.3
 
 
+@pytest.mark.processor
 def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatch):
     """One step from the same weights with q, k and v as three parameters of torch's own Muon.
 
@@ -125,6 +129,7 @@ def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatc
                 assert (alone.detach() - new).norm() < 0.05 * (alone.detach() - part).norm(), name
 
 
+@pytest.mark.processor
 def test_muon_without_bf16_hardware(mini, script, monkeypatch):
     """It multiplies in fp32 there, and in bf16 where the processor has it."""
     seen = []
@@ -169,16 +174,25 @@ def test_decay_typed_anew_holds_after_a_resume(mini, script):
 def test_characters_need_torch_and_numpy_alone(mini, process):
     """With every optional package out of reach, a run and its sample still work (nanoGPT #53: no requirements)."""
     hide = 'import sys; sys.modules.update(dict.fromkeys(["tiktoken", "requests", "matplotlib", "wandb", "tensorboard", "tqdm"]))'
-    for name, argv in (('train.py', TINY), ('sample.py', ['--start=so', '--max_new_tokens=5'])):
-        code = f'{hide}; import runpy; sys.argv = {[name, *argv]!r}; sys.path.insert(0, {str(ROOT)!r}); ' \
-               f'runpy.run_path({str(ROOT / name)!r}, run_name="__main__")'
-        done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', code], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+    code = f'''
+{hide}
+import runpy
+sys.path.insert(0, {str(ROOT)!r})
+for name, *flags in {[['train.py', *TINY], ['sample.py', '--start=so', '--max_new_tokens=5']]!r}:
+    sys.argv = [name, *flags]
+    try:
+        runpy.run_path({str(ROOT)!r} + '/' + name, run_name='__main__')
+    except SystemExit as stop:
+        assert not stop.code, (name, stop.code)
+'''
+    done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith('so') and len(done.stdout) == 8, done.stderr
     assert not os.path.exists('out/loss.png')
 
 
 # ---- exactness -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.processor
 @pytest.mark.parametrize('knobs', [dict(dropout=0.2, gradient_accumulation_steps=2), dict(optimizer='muon', dtype='bfloat16', dropout=0.1)])
 def test_ten_steps_are_five_and_five(mini, script, knobs):
     """10 steps equal 5 + resume + 5 bit for bit, weights and log, whatever else was evaluated or sampled on the way."""
@@ -200,6 +214,7 @@ def test_resume_takes_the_runs_own_knobs(mini, script):
     assert same_weights('whole/last.pt', 'out/last.pt')
 
 
+@pytest.mark.processor
 def test_evaluation_never_moves_training(mini, script):
     script('train.py', *TINY, '--dropout=0.1')
     script('train.py', *TINY, '--dropout=0.1', '--out_dir=other', '--eval_interval=3', '--eval_iters=5', '--sample_interval=2')
@@ -207,6 +222,7 @@ def test_evaluation_never_moves_training(mini, script):
     assert [row['train_loss'] for row in read_log('out/log.csv')] == [row['train_loss'] for row in read_log('other/log.csv')]
 
 
+@pytest.mark.processor
 def test_accumulation_equals_a_larger_batch(mini, script):
     """1 x 8 equals 4 x 2: the same windows, the same mean loss, the same step."""
     for out, knobs in (('a', dict(batch_size=8, gradient_accumulation_steps=1)), ('b', dict(batch_size=2, gradient_accumulation_steps=4))):
@@ -488,6 +504,7 @@ def test_compile_asked_for_with_no_compiler_in_reach(mini, process):
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.processor
 def test_dtype_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: True)
     assert runtime.find_dtype('auto', 'cpu') == 'bfloat16'
@@ -514,6 +531,7 @@ def test_mps_is_taken_only_where_it_computes_right(monkeypatch, capfd):
     assert runtime.find_device('auto') == 'cpu' and len(calls) == 2
 
 
+@pytest.mark.processor
 def test_processor_is_read():
     """bf16 in hardware is what /proc/cpuinfo lists, unless torch was told to treat the processor as an older one."""
     if not os.path.exists('/proc/cpuinfo'):
@@ -523,6 +541,7 @@ def test_processor_is_read():
     assert runtime.cpu_has_bf16() == (not told_older and ('avx512_bf16' in words or 'amx_tile' in words))
 
 
+@pytest.mark.processor
 def test_a_processor_with_avx2_alone_has_no_bf16():
     """In a process that torch is told to run as on such a processor, the precision of a run is fp32."""
     ask = 'import runtime; print(runtime.cpu_has_bf16(), runtime.find_dtype("auto", "cpu"))'
@@ -620,6 +639,8 @@ def test_edited_log_does_not_stop_a_run(mini, script, column, value):
     assert ('no out/loss.png from' in result.err) == (column in (1, 2))
 
 
+@pytest.mark.processor
+@pytest.mark.pictures   # which the training time leaves out
 def test_target_loss(mini, script):
     """The run ends at the first evaluation below the target on the whole split, says its seconds, and leaves its weights."""
     result = script('train.py', *TINY, '--max_iters=60', '--eval_interval=20', '--lr_decay_iters=60', '--target_loss=2.9')
