@@ -17,7 +17,7 @@ if device == 'cpu':
     weight_decay = 0.1
     beta2 = 0.99          # few tokens a step: a longer memory
     warmup_iters = 50
-    max_iters = 1500
+    max_iters = 1550
     max_minutes = 2.7     # a slower processor takes fewer steps, of which the schedule takes care; 0: no limit
     eval_interval = 300
     eval_iters = 20       # a third of the validation split; the last evaluation takes all of it
