@@ -49,7 +49,7 @@ peer = ''                # 'transformers', 'nanogpt:PATH', or both with a comma;
 json = ''                # write rows, machine and versions into this file, - for stdout instead of the table
 seed = 1337              # of weights, prompts and draws
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'           # some of float32,bfloat16 and sample's int8 or, on a GPU, train's float16; 'auto': all, or train.py's
+dtype = 'auto'           # some of float32,bfloat16 and sample's int8 or, on a GPU, train's float16; 'auto': those that pay here
 compile = 'auto'         # compile our steps, as train.py or sample.py would
 knobs, _ = configure(globals(), runtime.find_device, first='what')
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it; measured processes end with it
@@ -65,6 +65,21 @@ def numbers(name, value, most=1 << 20):
     if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
         fail(f'{name}={value!r}: allowed are whole numbers from 1 to {most:,}, with commas between; type --{name}=16')
     return [int(part) for part in parts]
+
+
+left_out = []   # precisions that are not measured, since this processor emulates them
+
+
+def chosen_precisions(usual):
+    """Return the precisions typed as --dtype, else of the usual ones those that this processor has in hardware."""
+    if dtypes:
+        return dtypes
+    if device != 'cpu' or runtime.cpu_has_bf16():
+        return usual
+    left_out.append('bfloat16')
+    runtime.say('left out: bfloat16, which this processor only emulates, many times slower than float32; '
+                'type --dtype=bfloat16 to measure it all the same')
+    return [precision for precision in usual if precision != 'bfloat16']
 
 
 check(knobs, what=('sample', 'train'))
@@ -276,7 +291,9 @@ def bench_train():
         fail('growth measures ours alone; type --growth without --peer')
     contenders = [('ours', precision) for precision in dtypes or ['auto']]
     for part in peers:
-        precisions = dtypes or ('float32', 'bfloat16') if part == 'transformers' else ('float32',)   # nanoGPT has its own way
+        precisions = ['float32']   # nanoGPT has its own way
+        if part == 'transformers':
+            precisions = chosen_precisions(['float32', 'bfloat16'])
         contenders += [(part, precision) for precision in precisions if precision != 'float16']
     batches = None if not batch else numbers('batch', batch, 4096)
     contexts = None if not context else numbers('context', context)
@@ -332,13 +349,15 @@ else:
         fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} of the {net} net; type '
              f'--context={config.block_size - tokens}')
     _, compile = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
+    precisions = chosen_precisions(['float32', 'bfloat16', 'int8'])
+    theirs = [precision for precision in precisions if precision != 'int8'] or ['float32']
     others = []
     for name in peers:
         if name == 'transformers':
-            others += [('transformers', precision, transformers_peer(precision)) for precision in ('float32', 'bfloat16')]
+            others += [('transformers', precision, transformers_peer(precision)) for precision in theirs]
         else:
             others.append(('nanogpt', 'float32', nanogpt_peer(name[8:])))
-    measured = [('ours', precision, ours(precision)) for precision in dtypes or ('float32', 'bfloat16', 'int8')] + others
+    measured = [('ours', precision, ours(precision)) for precision in precisions] + others
 
     show(f'{"":14} {"":9} batch context prefill ms  first ms  step ms    tok/s   MB/token  of the read rate')
     with torch.inference_mode():
@@ -384,4 +403,5 @@ versions = dict(python=platform.python_version(), torch=torch.__version__)
 if 'transformers' in peers:
     import transformers
     versions['transformers'] = transformers.__version__
-runtime.write_json(json, dict(rows=rows, machine=machine, versions=versions, command=' '.join(['python', *sys.argv])))
+runtime.write_json(json, dict(
+    rows=rows, left_out=left_out, machine=machine, versions=versions, command=' '.join(['python', *sys.argv])))

@@ -74,6 +74,20 @@ def _digest(file, size):
     return digest.hexdigest().encode()
 
 
+def sync_folder(folder):
+    """Flush a folder's list of names to the disk. Do nothing where folders cannot be opened, as on Windows.
+
+    Raises OSError when the disk refuses."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save(path, checkpoint, previous=None):
     """Write beside the old file, seal, flush to the disk, rename: whatever happens, path is the old one or the new one, whole.
 
@@ -98,11 +112,7 @@ def save(path, checkpoint, previous=None):
     finally:
         if os.path.exists(part):
             os.remove(part)
-    handle = os.open(folder, os.O_RDONLY)   # the rename itself must reach the disk too
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)   # the rename itself must reach the disk too
 
 
 def keep(path, checkpoint):

@@ -166,8 +166,10 @@ def find_compile(choice, device, pays=None):
         return False, ''
     if choice == 'auto' and pays is None and not (device.startswith('cuda') and platform.system() == 'Linux'):
         return False, f' (not tried on {device}, {platform.system()})'
-    # compiled code is kept for the next run, and not in /tmp, which a restart empties
-    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch', 'inductor')
+    # compiled code is kept for the next run, and not in /tmp, which a restart empties; in a folder for each kind of
+    # processor, as code for one kind computes something else on another or is not run there at all
+    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch',
+                         f'inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}'.replace(' ', '-'))
     with contextlib.suppress(OSError):
         os.makedirs(cache, exist_ok=True)
         os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
@@ -381,7 +383,9 @@ def agree(values):
 
 def shard(model, ranks, device):
     """Split parameters, and with them gradients and optimizer states, over the ranks (FSDP2), a block at a time."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method   # here: importing it takes half a second
+    # here: importing it takes half a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = dist.init_device_mesh(device.partition(':')[0], (ranks,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -431,7 +435,8 @@ def load_optimizer(opt, state):
                     or not torch.isfinite(value).all()):
                 raise ValueError(f'the {key} of parameter {i} is not what it should be')
             if is_sharded(params[i]) and key != 'step':
-                from torch.distributed.tensor import distribute_tensor   # here: importing it takes half a second
+                # here: importing it takes half a second
+                from torch.distributed.tensor import distribute_tensor
                 tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
     groups = opt.state_dict()['param_groups']
     for own, saved in zip(groups, state['param_groups']):

@@ -97,8 +97,8 @@ compile = 'auto'             # torch.compile: True, False
 cuda_graph = False           # on one GPU: record the step once and replay it, for nets that run faster than they are launched
 knobs, given = configure(globals(), runtime.find_device)
 begun = time.perf_counter()
-signals = runtime.Signals()
 rank, ranks, device = runtime.join_ranks(backend, device)
+signals = runtime.Signals()   # now: a rank that waits for the others is to end at a signal
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
 resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)

@@ -8,9 +8,23 @@ SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--vocab_s
 BENCH = ['bench.py', 'sample', '--net=0.8M', '--device=cpu', '--compile=False', '--tokens=4', '--runs=1', '--context=8']
 
 
+@pytest.mark.parametrize('has_bf16', [True, False])
+def test_bench_sample_measures_what_pays(script, folder, monkeypatch, has_bf16):
+    """Precisions that the processor emulates are left out, of ours and of transformers', and named, unless typed."""
+    monkeypatch.setattr('runtime.cpu_has_bf16', lambda: has_bf16)
+    result = script(*BENCH, '--batch=1', '--peer=transformers', '--json=-')
+    found = json.loads(result.out)
+    half = ['bfloat16'] if has_bf16 else []
+    assert [(row['who'], row['precision']) for row in found['rows']] == [
+        *(('ours', precision) for precision in ('float32', *half, 'int8')),
+        *(('transformers', precision) for precision in ('float32', *half))]
+    assert found['left_out'] == ([] if has_bf16 else ['bfloat16'])
+    assert ('left out: bfloat16' in result.err and '--dtype=bfloat16' in result.err) != has_bf16
+
+
 @pytest.mark.processor
 def test_bench(script, folder):
-    result = script(*BENCH, '--batch=1,2', '--peer=transformers', '--json=-')
+    result = script(*BENCH, '--batch=1,2', '--peer=transformers', '--dtype=float32,bfloat16,int8', '--json=-')
     found = json.loads(result.out)
     assert result.code == 0 and set(found) >= {'rows', 'machine', 'versions'}
     assert [(row['who'], row['precision'], row['batch']) for row in found['rows']] == [

@@ -57,6 +57,20 @@ def test_last_is_whole_at_every_instant(folder, monkeypatch):
         assert checkpoint.read('last.pt')['step'] in (0, 1)
 
 
+def test_folders_that_cannot_be_opened(mini, script, monkeypatch):
+    """As on Windows, where a folder cannot be flushed: every save succeeds and none is reported as failed."""
+    opened = os.open
+
+    def refuse_folders(path, *args, **options):
+        if os.path.isdir(path):
+            raise PermissionError(13, 'Permission denied')
+        return opened(path, *args, **options)
+    monkeypatch.setattr(os, 'open', refuse_folders)
+    result = script('train.py', *TINY)
+    assert result.code == 0 and 'could not be written' not in result.err, result.err
+    assert checkpoint.load('out/last.pt')['iter_num'] == 10 and os.path.exists('out/last.previous.pt')
+
+
 def test_previous_checkpoint_is_used_when_last_is_damaged(mini, script):
     script('train.py', *TINY, '--eval_interval=4', '--out_dir=whole')
     script('train.py', *TINY, '--eval_interval=4', '--max_iters=8')

@@ -1,7 +1,7 @@
 """
 The ladder of results/speed.md: what each way of fast.py and runtime.set_up is worth, one upon the other and each left out.
 
-    python results/speed/ladder.py 10.65M > results/speed/ladder-10.65M.txt      # also 124M, 0.8M
+    python results/speed/ladder.py 10.65M > results/speed/ladder-10.65M.txt      # also 124M, 0.8M, main
     python results/speed/ladder.py steps > results/speed/ladder-steps.txt        # steps instead of seconds: the recipe's parts
 
 The first form measures steps in fresh processes, three rounds in turns; the second trains the 0.8M net for 120 steps with
@@ -16,10 +16,13 @@ import time
 
 HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, HERE)
-WAYS = ('onednn', 'bf16', 'attention', 'dropout', 'memory', 'loss', 'vocabulary', 'muon')
+WAYS = ('onednn', 'bf16', 'attention', 'dropout', 'gelu', 'memory', 'loss', 'vocabulary', 'muon', 'polar')
+UNUSED = {'124M': ('dropout', 'gelu', 'muon', 'polar'), '10.65M': ('loss', 'gelu', 'vocabulary', 'muon', 'polar'),
+          '0.8M': ('dropout', 'gelu', 'loss', 'vocabulary'), 'main': ('dropout', 'loss', 'vocabulary')}
 NETS = {'124M': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch=1),
         '10.65M': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, batch=16, dropout=0.2),
         '0.8M': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch=32)}
+NETS['main'] = NETS['0.8M']   # the main job's, with biases and GPT-2's GELU; the others have nanoGPT's settings
 
 
 def measure(net, ways):
@@ -37,10 +40,13 @@ def measure(net, ways):
     B, T, share = shape.pop('batch'), shape['block_size'], shape.pop('dropout', 0.0)
     if 'vocabulary' in ways:
         shape['vocab_size'] = -(-shape['vocab_size'] // 64) * 64
-    model = GPT(GPTConfig(**shape, dropout=share, bias=False, activation='gelu_erf'))
+    main = net == 'main'
+    model = GPT(GPTConfig(**shape, dropout=share, bias=main, activation='gelu' if main else 'gelu_erf'))
     for layer in list(model.modules()):
         if hasattr(layer, 'attend') and 'attention' in ways:
             layer.attend = fast.attend
+        if hasattr(layer, 'activation') and 'gelu' in ways:
+            layer.activation = fast.gelu
         for name, child in layer.named_children():
             if type(child) is torch.nn.Dropout and 'dropout' in ways:
                 setattr(layer, name, fast.Dropout(child.p))
@@ -48,12 +54,15 @@ def measure(net, ways):
         fast.kept = lambda shape, p, dtype: torch.empty(shape, dtype=dtype).bernoulli_(1 - p)
     if 'loss' in ways:
         model.forward = lambda idx, targets: fast.lean_forward(model, idx, targets)
-    optimizers, parts = fast.make_optimizers(model, 'muon' if net == '0.8M' else 'adamw', 1e-3, 0.02, 0.1, (0.9, 0.95))
+    name = 'muon' if net in ('0.8M', 'main') else 'adamw'
+    optimizers, parts = fast.make_optimizers(model, name, 1e-3, 0.02, 0.1, (0.9, 0.95))
+    if 'polar' not in ways:
+        fast.POLAR = ((3.4445, -4.775, 2.0315),) * 5   # torch.optim.Muon's
     if parts and 'muon' not in ways:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]['params'], lr=0.02)
     idx = torch.randint(65, (B, T + 1))
     times = []
-    for _ in range(2 + {'124M': 2, '10.65M': 3, '0.8M': 40}[net]):   # the first two allocate
+    for _ in range(2 + {'124M': 2, '10.65M': 3, '0.8M': 40, 'main': 40}[net]):   # the first two allocate
         started = time.perf_counter()
         with runtime.autocast('cpu', 'bfloat16' if 'bf16' in ways else 'float32'):
             loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[1]
@@ -69,8 +78,8 @@ def measure(net, ways):
 
 
 def in_turns(net):
-    ways = [way for way in WAYS if way not in dict(
-        zip(NETS, (('dropout', 'muon'), ('loss', 'vocabulary', 'muon'), ('dropout', 'loss', 'vocabulary'))))[net]]
+    import runtime
+    ways = [way for way in WAYS if way not in UNUSED[net] and (way != 'bf16' or runtime.cpu_has_bf16())]
     rungs = [('torch as it is', [])] + [('+ ' + way, ways[:i + 1]) for i, way in enumerate(ways)]
     if net != '124M':   # whose steps take long
         rungs += [('all but ' + way, [other for other in ways if other != way]) for way in ways[:-1]]
