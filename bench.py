@@ -71,7 +71,7 @@ left_out = []   # precisions that are not measured, since this processor emulate
 
 
 def chosen_precisions(usual):
-    """Return the precisions typed as --dtype, else of the usual ones those that this processor has in hardware."""
+    """Return the precisions typed as --dtype. Without --dtype, return the usual ones but bfloat16 where it is emulated."""
     if dtypes:
         return dtypes
     if device != 'cpu' or runtime.cpu_has_bf16():

@@ -60,7 +60,7 @@ KINDS = dict(attention=('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'), prod
 
 
 def gemm_rate(n):
-    """FLOP/s of the best of eight products of n x n matrices in this precision, here and now; of fewer in half a second."""
+    """Return the FLOP/s of the fastest of up to eight products of n x n matrices in this precision, for half a second."""
     a, best, begun = torch.randn(n, n, device=device).to(getattr(torch, dtype)), 0.0, wait()
     for _ in range(8):
         started = wait()

@@ -16,11 +16,12 @@ from torch import nn
 from model import ACTIVATIONS, GPT, fused_attention
 from runtime import aside, captured, cpu_has_avx512, cpu_has_bf16
 
-# Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one an iteration. Each is the one nearest to 1 on the
-# interval that the ones before it leave, beginning with 0.01 to 1 (the polar express, arXiv 2505.16932): after three of them
-# s is between 0.73 and 1.27, as after the five of (3.4445, -4.775, 2.0315) that torch.optim.Muon takes, for three fifths of
-# the products. The main job's loss after 1,000 steps is the same: 1.5701 and 1.5694, two seeds each (results/speed.md).
-POLAR = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+# Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one an iteration (the polar express, arXiv 2505.16932).
+# Each polynomial is the nearest to 1 on the interval to which the earlier ones map [0.01, 1.02]; the norm that brings s below
+# 1 is rounded in bf16, and beyond 1.03 the first polynomials explode. Three of them take such s to between 0.72 and 1.28;
+# smaller s grow 77-fold. torch.optim.Muon takes (3.4445, -4.775, 2.0315) five times; the main job's loss is the same with
+# three fifths of its products (results/negative.md).
+POLAR = ((7.9424, -22.2873, 15.8239), (3.6465, -2.7291, 0.5374), (2.6758, -1.9890, 0.4539))
 KEEP_WEIGHTS = 512     # tokens up to which attention keeps its weights for the backward pass
 ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, which a processor's cache may hold
 
@@ -123,10 +124,11 @@ def attend(q, k, v, dropout=0.0):
 
 
 def blocks_pay(dtype, dropout):
-    """Return whether BlockAttention is faster than scaled_dot_product_attention on this processor.
+    """Return whether BlockAttention computes attention on this processor, rather than scaled_dot_product_attention.
 
-    Milliseconds of the first and the second, forward and backward, two cores of Zen 4, torch 2.13, as the processor is and
-    as one with AVX2 only. With dropout scaled_dot_product_attention has no fused kernel on a processor.
+    Milliseconds of both, forward and backward, on two cores of Zen 4 with torch 2.13. The columns AVX2 are the same processor
+    told to use AVX2 only. Where the two are within a tenth, the choice is the one that is faster for small nets. With dropout
+    scaled_dot_product_attention has no fused kernel on a processor.
 
         (B, nh, T, hs)       bf16         fp32, AVX512   fp32, AVX2   fp32, AVX2, dropout
         (32, 4, 64, 32)      2.2, 10.9    3.3, 17.5      3.2, 2.9     6.1, 11.0

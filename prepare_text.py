@@ -173,5 +173,5 @@ if min(info['tokens'] for info in meta['splits'].values()) <= 65:
 print(f"""now type
     python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name} --max_minutes=5
     python sample.py --out_dir=out-{name}
-That trains for five minutes at most; for a longer run type --max_iters=20000 --max_minutes=30 behind it as well.""",
+The first command trains for at most five minutes. For a longer run, add --max_iters=20000 --max_minutes=30 to it.""",
       file=sys.stderr)

@@ -105,7 +105,7 @@ def find_device(name):
 
 def cpu_has_avx512():
     """Return whether torch uses AVX512 here. ATEN_CPU_CAPABILITY=avx2 makes it treat any processor as one with AVX2 only."""
-    return torch.backends.cpu.get_cpu_capability() not in ('DEFAULT', 'NO AVX', 'AVX2')
+    return torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 
 def cpu_has_bf16():
@@ -166,8 +166,8 @@ def find_compile(choice, device, pays=None):
         return False, ''
     if choice == 'auto' and pays is None and not (device.startswith('cuda') and platform.system() == 'Linux'):
         return False, f' (not tried on {device}, {platform.system()})'
-    # compiled code is kept for the next run, and not in /tmp, which a restart empties; in a folder for each kind of
-    # processor, as code for one kind computes something else on another or is not run there at all
+    # Compiled code is kept for the next run, outside of /tmp, which a restart empties. Each kind of processor has its own
+    # folder: code for AVX512 computes other numbers than code for AVX2, or does not run there.
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'torch',
                          f'inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}'.replace(' ', '-'))
     with contextlib.suppress(OSError):
@@ -376,14 +376,15 @@ def agree(values):
     """The largest of each number over all ranks, so that all of them take the same turn."""
     if not dist.is_initialized():
         return values
-    largest = torch.tensor(values)
+    whole_numbers = all(isinstance(value, int) for value in values)
+    largest = torch.tensor(values, dtype=torch.int64 if whole_numbers else torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
 
 def shard(model, ranks, device):
     """Split parameters, and with them gradients and optimizer states, over the ranks (FSDP2), a block at a time."""
-    # here: importing it takes half a second
+    # imported here: torch.distributed.fsdp takes half a second
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = dist.init_device_mesh(device.partition(':')[0], (ranks,))
@@ -394,7 +395,7 @@ def shard(model, ranks, device):
 
 
 def is_sharded(value):
-    """Return whether a value is a DTensor: a tensor of which each rank holds a part. Asked without importing its class."""
+    """Return whether a value is a DTensor, a tensor split over the ranks. Importing the class would take half a second."""
     return hasattr(value, 'full_tensor')
 
 
@@ -435,7 +436,7 @@ def load_optimizer(opt, state):
                     or not torch.isfinite(value).all()):
                 raise ValueError(f'the {key} of parameter {i} is not what it should be')
             if is_sharded(params[i]) and key != 'step':
-                # here: importing it takes half a second
+                # imported here: torch.distributed.tensor takes half a second
                 from torch.distributed.tensor import distribute_tensor
                 tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
     groups = opt.state_dict()['param_groups']

@@ -10,6 +10,7 @@ Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.jso
 """
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -97,8 +98,9 @@ compile = 'auto'             # torch.compile: True, False
 cuda_graph = False           # on one GPU: record the step once and replay it, for nets that run faster than they are launched
 knobs, given = configure(globals(), runtime.find_device)
 begun = time.perf_counter()
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # until all ranks have met, Ctrl-C ends this one at once
 rank, ranks, device = runtime.join_ranks(backend, device)
-signals = runtime.Signals()   # now: a rank that waits for the others is to end at a signal
+signals = runtime.Signals()   # from here on a signal finishes the step and saves
 
 # ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
 resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)
@@ -140,10 +142,10 @@ if resumed:
     model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in checkpoint.TRAINING})
     if resumed['iter_num'] > max_iters:
         say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
-    elif max_minutes and resumed['seconds'] >= 60 * max_minutes:
-        say(f'note: {path} has had {resumed["seconds"] / 60:.1f} minutes of training and max_minutes={max_minutes:g}: '
-            f'there is nothing left to train; type --max_minutes={resumed["seconds"] / 60 + 5:.0f} for five more, '
-            f'or --max_minutes=0 for no limit')
+    elif 0 < 60 * max_minutes <= resumed['seconds'] and resumed['iter_num'] < max_iters and not eval_only:
+        minutes = resumed['seconds'] / 60
+        say(f'note: {path} has had {minutes:.1f} minutes of training, and max_minutes={max_minutes:g}: there is nothing left '
+            f'to train; type --max_minutes={math.ceil(minutes + 5)} for some more, or --max_minutes=0 for no limit')
 elif not (model := pretrained):
     V = data.vocab_size   # of a large one a multiple of 64: the head's products are up to 1.25 times as fast
     model = GPT(replace(config, vocab_size=V if V < 4096 else -(-V // 64) * 64))
@@ -222,7 +224,8 @@ def schedule_step(step, elapsed):
     """Return the step at which the schedule is: `step`, or a later one where time is shorter than steps.
 
     The share of the run that is done is step / max_iters or elapsed / max_minutes, the larger of the two. Time counts
-    once it leads by a hundredth of what is left, so that one slow moment does not change a run that ends in time."""
+    only once it leads by a hundredth of what is left. A stall of up to a hundredth of max_minutes therefore changes
+    nothing."""
     if not max_minutes:
         return step
     steps_done = step / max(1, max_iters)
@@ -260,11 +263,12 @@ def save(name):
     """Write a checkpoint into out_dir, from rank 0; returns whether that worked. A full disk costs this save, not the run."""
     look()
     weights, states = runtime.whole(model.state_dict()), runtime.whole([opt.state_dict() for opt in optimizers])
+    cuda_states = torch.cuda.get_rng_state_all() if device.startswith('cuda') else []
     return rank != 0 or checkpoint.keep(os.path.join(out_dir, name), dict(
         format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
-        scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss, seconds=seconds,
-        skipped=skipped, config=knobs, rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()
-                                                if device.startswith('cuda') else [])))
+        scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss,
+        seconds=max(seconds, elapsed), skipped=skipped, config=knobs,
+        rng=dict(torch=torch.get_rng_state(), cuda=cuda_states)))
 
 
 def look():
@@ -311,8 +315,8 @@ if step < max_iters:
     needed, allowed = step_seconds * (max_iters - step), 60 * max_minutes - seconds
     say(f'estimated time: {runtime.clock(needed)} for {max_iters - step:,} steps, evaluations apart')
     if max_minutes and needed > allowed > 0:
-        say(f'note: max_minutes={max_minutes:g} ends this run after about {allowed / step_seconds:,.0f} steps, '
-            f'with the schedule decayed to its end; type --max_minutes=0 for all of them')
+        say(f'note: max_minutes={max_minutes:g} will end this run after about {allowed / step_seconds:,.0f} more steps; '
+            f'type --max_minutes=0 for all of them')
 if max_minutes and not decay_lr:
     say(f'note: with decay_lr=False the run of max_minutes={max_minutes:g} ends at a constant rate')
 
@@ -326,9 +330,9 @@ elif cuda_graph:
 model.train()
 peak = runtime.peak_flops(device)
 logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
-drawn_at = time.monotonic()   # when loss.png was drawn last
+drawn_at, behind = time.monotonic(), False   # when loss.png was drawn last; whether time has led the schedule
 while True:
-    # the slowest rank's time, so that all end after the same step
+    # all ranks use the slowest rank's time and therefore end after the same step
     elapsed = runtime.agree([seconds])[0] if max_minutes else seconds
     out_of_time = bool(max_minutes) and elapsed >= 60 * max_minutes
     val_loss, last = None, step >= max_iters or out_of_time
@@ -366,11 +370,11 @@ while True:
     due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
                                 bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
     caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)])
+    if caught or due:
+        saved, saved_at = save('last.pt'), time.monotonic()
     if rank == 0 and (last or caught or val_loss is not None and time.monotonic() - drawn_at > 30):
         plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
         drawn_at = time.monotonic()   # a picture takes a fifth of a second
-    if caught or due:
-        saved, saved_at = save('last.pt'), time.monotonic()
     if caught and saved:
         say(f'signal {caught}: saved {last_path} at iter {step}; type --init_from=resume{checkpoint.flag(out_dir)} to go on')
     if last or caught:
@@ -379,7 +383,12 @@ while True:
     started = time.perf_counter()
     # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-    rate = schedule(schedule_step(step, elapsed))
+    scheduled = schedule_step(step, elapsed)
+    if scheduled != step and not behind:
+        behind = True
+        say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps; '
+            f'another run will not repeat this one bit for bit')
+    rate = schedule(scheduled)
     for opt in optimizers:
         fast.set_rate(opt, rate)
     batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]

@@ -1,4 +1,4 @@
-# The main job: Tiny Shakespeare by characters. Under three minutes on any two CPU cores of today.
+# The main job: Tiny Shakespeare by characters. At most three minutes on two CPU cores.
 
 dataset = 'shakespeare_char'
 prepare = 'prepare_shakespeare.py --tokenizer=char --stand_in'   # run when the data is missing
@@ -18,7 +18,7 @@ if device == 'cpu':
     beta2 = 0.99          # few tokens a step: a longer memory
     warmup_iters = 50
     max_iters = 1550
-    max_minutes = 2.7     # a slower processor takes fewer steps, of which the schedule takes care; 0: no limit
+    max_minutes = 2.7     # a slower processor takes fewer steps, and its rate still falls to min_lr; 0: no limit
     eval_interval = 300
     eval_iters = 20       # a third of the validation split; the last evaluation takes all of it
     log_interval = 20

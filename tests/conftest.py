@@ -35,7 +35,7 @@ KILL = signal.SIGUSR2 if CAN_FORK else signal.SIGKILL   # fork_client.py passes 
 
 
 def pytest_configure(config):
-    """Make what pytest's workers share: a folder of compiled code that no earlier processor has left, and PYTHON."""
+    """Make what pytest's workers share: PYTHON, and an empty folder for compiled code."""
     global PYTHON
     if hasattr(config, 'workerinput'):   # a worker has inherited them
         return

@@ -3,7 +3,8 @@ A python command that starts in a few hundredths of a second with torch imported
 
 conftest.py starts the server and names the command PYTHON, which runs fork_client.py. The client hands its arguments,
 working folder, environment and open files to the server, passes signals on, and ends as the fork ends. Where a fork would
-differ from a fresh start (see `can_fork`), the client starts Python afresh.
+differ from a fresh start (see `can_fork`), the client starts Python afresh. All forks share one seed of hashes: what depends
+on the order of a set shows only between processes started afresh.
 """
 import atexit
 import contextlib
@@ -53,10 +54,15 @@ class Fork:
 
 
 def receive(client):
-    """Read a Request: a line of JSON, and with it the client's open files."""
+    """Return a Request, read as a line of JSON and the client's open files; return None for a client that was killed."""
     line, files, _, _ = socket.recv_fds(client, REQUEST_BYTES, MOST_FILES)
     while not line.endswith(b'\n'):
-        line += client.recv(REQUEST_BYTES)
+        more = client.recv(REQUEST_BYTES)
+        if not more:
+            for file in files:
+                os.close(file)
+            return None
+        line += more
     asked = json.loads(line)
     numbers = asked.pop('files')
     return Request(**asked, files=dict(zip(numbers, files, strict=True)))
@@ -86,7 +92,8 @@ def serve(listener):
         ready, _, _ = select.select(waited_for, [], [])
         if 0 in ready:   # stdin is closed: the tests have ended
             for fork in forks:
-                os.kill(fork.pid, signal.SIGKILL)
+                with contextlib.suppress(OSError):   # a fork leads a group: what it has started ends with it
+                    os.killpg(fork.pid, signal.SIGKILL)
             return None
         for fork in [fork for fork in forks if fork.ended in ready]:
             _, status = os.waitpid(fork.pid, 0)
@@ -99,6 +106,9 @@ def serve(listener):
         if listener in ready:
             client, _ = listener.accept()
             request = receive(client)
+            if request is None:
+                client.close()
+                continue
             if can_fork(request):
                 pid = os.fork()
                 if pid == 0:
@@ -107,10 +117,12 @@ def serve(listener):
                     client.close()
                     listener.close()
                     return request
-                client.sendall(b'%d\n' % pid)
+                with contextlib.suppress(OSError):   # the client may have been killed; its fork is ended below
+                    client.sendall(b'%d\n' % pid)
                 forks.append(Fork(pid, os.pidfd_open(pid), client))
             else:
-                client.sendall(b'start afresh\n')
+                with contextlib.suppress(OSError):   # the client may have been killed
+                    client.sendall(b'start afresh\n')
                 client.close()
             for file in request.files.values():
                 os.close(file)
@@ -133,6 +145,7 @@ def become(request):
     for number, file in copies.items():
         os.dup2(file, number)
         os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # also where the tests' own shell ignores SIGINT
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)

@@ -43,6 +43,21 @@ def test_int8_is_its_definition(rows, width, bias):
 
 
 @pytest.mark.processor
+@pytest.mark.parametrize('rows', [1, 3, 9])
+def test_int8_words_hold_the_int8_weights(monkeypatch, rows):
+    """Where four weights are read as one int32, as with AVX2 alone, the products are those of the weights one by one."""
+    linear, x = torch.nn.Linear(48, 20), torch.randn(rows, 48)
+    layers = []
+    for has_avx512 in (True, False):
+        monkeypatch.setattr(decoding, 'cpu_has_avx512', lambda answer=has_avx512: answer)
+        layers.append(decoding.NarrowLinear(linear, torch.float32, True))
+    whole, words = layers
+    assert whole.words is None and words.words.shape == (20, 12) and words.words.dtype == torch.int32
+    assert torch.allclose(words(x), whole(x), atol=1e-5)
+    row = decoding.product_of_words(words.words, x[0]) * words.scale + linear.bias
+    assert torch.allclose(row, whole(x)[0], atol=1e-5)
+
+
 def test_int8_of_a_row_of_zeros():
     linear = torch.nn.Linear(32, 4)
     torch.nn.init.zeros_(linear.weight)
@@ -99,7 +114,7 @@ def test_compiled_and_not_agree_but_for_rounding(quantize):
     assert (steps() - before).abs().max() < 0.03 * before.abs().max()
 
 
-# the length of a prompt matters to positions and to the cache: kinds of positions take each, other kinds one
+# Prompt lengths matter to positions and cache: KINDS[:3] are tested with five lengths, the rest with one.
 @pytest.mark.parametrize('changes, T', [*((changes, T) for changes in KINDS[:3] for T in (1, 20, 31, 32, 40)),
                                         *((changes, 20) for changes in KINDS[3:])])
 def test_the_step_of_the_graph_gives_the_same_text(changes, T):

@@ -180,6 +180,9 @@ def test_torture_in_short(folder):
     assert len(counts) == 4 and min(counts[:2]) >= 1 and min(counts[2:]) >= 20, done.stdout
 
 
+NEEDS_PROC = pytest.mark.skipif(not os.path.exists('/proc'), reason='finds the process of a rank in /proc')
+
+
 def process_of_rank(rank):
     """Return the process id of a rank that torchrun has started in this folder."""
     for process in Path('/proc').glob('[0-9]*'):
@@ -190,6 +193,7 @@ def process_of_rank(rank):
     raise LookupError(f'no process of rank {rank}')
 
 
+@NEEDS_PROC
 def test_killed_rank_is_restarted(mini, forked):
     """torchrun --max-restarts after a kill -9 of one rank: goes on from last.pt, ends equal to the uninterrupted run."""
     common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=40',
@@ -210,6 +214,7 @@ def test_killed_rank_is_restarted(mini, forked):
     assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
 
 
+@NEEDS_PROC
 def test_two_agents(mini, forked):
     """Two torchrun agents on loopback; one of the ranks is killed; both agents start again, and go on from last.pt."""
     common = [str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2', '--checkpoint_interval=1', '--max_iters=40',

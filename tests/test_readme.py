@@ -131,7 +131,7 @@ def filled_in(command):
 
 
 def few_sequences(flags):
-    """Return flags for small batches; a command that differs from a config's by a flag prints no samples: the others do."""
+    """Return flags for small batches. Only commands that run a config unchanged print samples."""
     more = []
     if not any(flag.startswith('--batch_size') for flag in flags):
         more.append('--batch_size=2')
@@ -245,12 +245,6 @@ def test_links_and_shapes():
     assert logits.shape == (32, 64, 65) and loss.shape == ()
     caches = net.stream(torch.zeros(1, 6, dtype=torch.long), 2, temperature=0)
     assert next(caches).shape == (1, 1)
-
-
-def test_sizes():
-    """The three files that one reads whole."""
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in ('model.py', 'train.py', 'sample.py')}
-    assert sum(lines.values()) < 1000, lines
 
 
 def test_model_py_alone(tmp_path):
