@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sampling of GPT-2's shape while other programs keep the cores busy: tokens a second with and without OMP_NUM_THREADS=1.
+#     results/sampling/busy.sh > results/sampling/busy.txt        # some minutes
+set -euo pipefail
+
+measure() {
+    echo "== $*"
+    env "$@" python bench.py sample --batch=1 --context=16 --tokens=10 --runs=1 --dtype=float32,int8 $peer 2> /dev/null |
+        grep -E 'float|int8' | awk '{ printf "%-14s %-9s %8s ms a token, %8s tokens/s\n", $1, $2, $(NF - ($1 == "ours" ? 5 : 1)), $(NF - ($1 == "ours" ? 4 : 0)) }'
+}
+
+for loops in 0 1 2; do
+    echo "$loops other programs that compute without a pause"
+    others=()
+    for _ in $(seq 1 $loops); do
+        timeout 300 python -c 'while True: pass' &
+        others+=($!)
+    done
+    peer=--peer=transformers measure OMP_WAIT_POLICY=
+    peer= measure OMP_WAIT_POLICY=passive
+    peer= measure OMP_NUM_THREADS=1
+    [ $loops = 0 ] || kill "${others[@]}"
+done
