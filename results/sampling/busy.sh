@@ -4,9 +4,9 @@
 set -euo pipefail
 
 measure() {
-    echo "== $*"
+    echo "  ${*:-as it is}"
     env "$@" python bench.py sample --batch=1 --context=16 --tokens=10 --runs=1 --dtype=float32,int8 $peer 2> /dev/null |
-        grep -E 'float|int8' | awk '{ printf "%-14s %-9s %8s ms a token, %8s tokens/s\n", $1, $2, $(NF - ($1 == "ours" ? 5 : 1)), $(NF - ($1 == "ours" ? 4 : 0)) }'
+        awk '$2 ~ /float|int8/ { printf "%-14s %-9s %8s ms a token %8s tokens/s\n", $1, $2, $7, $8 }'
 }
 
 for loops in 0 1 2; do
@@ -16,7 +16,7 @@ for loops in 0 1 2; do
         timeout 300 python -c 'while True: pass' &
         others+=($!)
     done
-    peer=--peer=transformers measure OMP_WAIT_POLICY=
+    peer=--peer=transformers measure
     peer= measure OMP_WAIT_POLICY=passive
     peer= measure OMP_NUM_THREADS=1
     [ $loops = 0 ] || kill "${others[@]}"
