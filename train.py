@@ -312,7 +312,8 @@ if step < max_iters:
             float(micro_step(*load(step * sequences)))
     model.zero_grad(set_to_none=True)
     step_seconds = (time.perf_counter() - started) * micro_steps
-    needed, allowed = step_seconds * (max_iters - step), 60 * max_minutes - seconds
+    needed = step_seconds * (max_iters - step)
+    allowed = 60 * max_minutes - seconds
     say(f'estimated time: {runtime.clock(needed)} for {max_iters - step:,} steps, evaluations apart')
     if max_minutes and needed > allowed > 0:
         say(f'note: max_minutes={max_minutes:g} will end this run after about {allowed / step_seconds:,.0f} more steps; '
@@ -330,7 +331,8 @@ elif cuda_graph:
 model.train()
 peak = runtime.peak_flops(device)
 logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
-drawn_at, behind = time.monotonic(), False   # when loss.png was drawn last; whether time has led the schedule
+drawn_at = time.monotonic()   # when loss.png was drawn last
+behind = False   # whether the schedule has followed max_minutes instead of the steps
 while True:
     # all ranks use the slowest rank's time and therefore end after the same step
     elapsed = runtime.agree([seconds])[0] if max_minutes else seconds
