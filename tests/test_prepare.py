@@ -290,6 +290,7 @@ def test_the_commands_it_prints(folder, script):
     Path('my text.txt').write_text('the miller said to his wife, ' * 500)
     said = script('prepare_text.py', '--input=my text.txt', '--name=mine').err
     train, sample = [line.split()[1:] for line in said.splitlines() if line.startswith('    python ')]
+    assert '--max_minutes=5' in train and '--max_minutes=30' in said
     tiny = ['--max_iters=2', '--n_layer=1', '--n_embd=8', '--n_head=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu']
     assert script(*train, *tiny).code == 0
     assert len(script(*sample, '--max_new_tokens=9', '--device=cpu').out) > 9
