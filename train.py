@@ -386,7 +386,7 @@ while True:
     # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
     scheduled = schedule_step(step, elapsed)
-    if scheduled != step and not behind:
+    if decay_lr and scheduled != step and not behind:
         behind = True
         say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps; '
             f'another run will not repeat this one bit for bit')
