@@ -31,7 +31,7 @@ from scipy import stats
 
 import plots
 import runtime
-from configurator import check, configure, fail
+from configurator import check, configure, ending_signals, fail
 from data import how_to_make, open_dataset, token_sizes
 from runtime import say
 
@@ -97,7 +97,8 @@ STUDIES = {
 
 if study == 'list':
     for key, (baseline, its) in STUDIES.items():
-        print(f'{key:15}', ', '.join(name + ' (baseline)' * (name == baseline) for name in its))
+        names = ', '.join(name + ' (baseline)' * (name == baseline) for name in its)
+        runtime.write(f'{key:15} {names}\n')
     sys.exit()
 if study not in STUDIES:
     fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; type python ablate.py heads')
@@ -265,7 +266,7 @@ if not report:
         lock = runtime.lock(os.path.join('out-ablate', study))   # as long as this process lives
     except OSError as error:
         fail(f'{error.filename} cannot be made ({error.strerror}); type --results=FOLDER for another place')
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         signal.signal(number, interrupted)
     there = {(run['variant'], run['seed']) for run in found['runs'] if run['status'] != 'failed'}   # which is tried again
     todo = [(name, seed) for seed in range(1, seeds + 1) for name in chosen
@@ -383,4 +384,4 @@ except ImportError:
     say(f'no {path}.png: matplotlib is missing; type pip install -r requirements.txt, and then the same with --report')
 except OSError as error:
     fail(f'{path}.png cannot be written ({error.strerror}); make room, or type --results=FOLDER for another place')
-print(text, end='')
+runtime.write(text)

@@ -16,7 +16,6 @@ import csv
 import json
 import math
 import os
-import signal
 import statistics
 import tempfile
 
@@ -46,8 +45,6 @@ windows = 'auto'         # of the validation split, to take heads out on; 'auto'
 seed = 1337              # of the random tokens that induction is measured on
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 knobs, given = configure(globals(), runtime.find_device)
-if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # a reader that has seen enough just ends it
 exit_on_signals()   # and what is half-written is removed
 
 SHOWN_BYTES = 5_000_000   # of attention in report.html; base64 makes a third more of it

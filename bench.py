@@ -88,12 +88,15 @@ for part in dtypes:
     check(dict(dtype=part), dtype=('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
     if part != 'int8':
         runtime.find_dtype(part, device)   # which refuses fp16 on a processor
-peers = peer.split(',') if peer else []
-for part in peers:
-    if part != 'transformers' and not (part.startswith('nanogpt:') and os.path.isfile(os.path.join(part[8:], 'model.py'))
-                                       and part[8:]):
+peers = []
+for part in filter(None, peer.split(',')):
+    name, _, clone = part.partition(':')
+    clone = os.path.expanduser(clone)
+    known = part == 'transformers' or name == 'nanogpt' and clone and os.path.isfile(os.path.join(clone, 'model.py'))
+    if not known:
         fail(f'peer={part!r}: allowed are transformers, and nanogpt:PATH with the folder of nanoGPT\'s model.py; type '
              f'--peer=transformers')
+    peers.append(f'nanogpt:{clone}' if clone else name)
 check(knobs, tokens=2, runs=1, seed=0)
 runtime.check_json(json)
 wait = functools.partial(runtime.wait, device)
@@ -328,11 +331,10 @@ rows = []
 
 def show(line):
     """A line of the table, on stderr where JSON has stdout."""
-    try:
-        print(line, flush=True, file=sys.stderr if json == '-' else sys.stdout)
-    except BrokenPipeError:   # a reader such as head that has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1) from None
+    if json == '-':
+        runtime.say(line)
+    else:
+        runtime.write(line + '\n')
 
 
 if what == 'train':

@@ -13,39 +13,48 @@ import difflib
 import glob
 import math
 import os
-import re
+import shlex
 import signal
 import sys
 import tokenize
-import types
+
+from console import fail, open_console, write
 
 PLAIN = (bool, int, float, str, type(None))
-
-
-def fail(message):
-    """End the script for a user's mistake: one line on stderr (what is wrong, what is allowed, what to type), exit 2."""
-    print('error: ' + ' '.join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+# knobs that name a file or a folder: a leading ~ is the home folder, which shells leave as it is in --key=~/file
+PATHS = ('checkpoint', 'data_dir', 'init_from', 'input', 'json', 'out_dir', 'plot', 'results', 'to')
+# words that other programs use, and what they are called here
+OTHER_WORDS = {'resume': 'init_from=resume', 'model': 'init_from', 'epochs': 'max_iters', 'steps': 'max_iters',
+               'iters': 'max_iters', 'max_steps': 'max_iters', 'context': 'block_size', 'context_length': 'block_size',
+               'seq_len': 'block_size', 'layers': 'n_layer', 'heads': 'n_head', 'd_model': 'n_embd', 'hidden_size': 'n_embd',
+               'prompt': 'start', 'length': 'max_new_tokens', 'output': 'out_dir', 'accum': 'gradient_accumulation_steps'}
 
 
 def exit_on_signals():
-    """Let SIGINT and SIGTERM end the script as its own exit would, so that what is half-written is removed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Let SIGINT, SIGTERM and SIGHUP end the script as its own exit would, so that half-written files are removed."""
+    for number in ending_signals():
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
-def configure(knobs, resolve_device=None, argv=None, first=None):
-    """Apply config files and flags to a script's globals, in place; returns ({name: value} of all knobs, the names given).
+def ending_signals():
+    """Return the signals that ask a script to end: Ctrl-C, `kill`, and a closed terminal unless nohup hides it."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
+    """Apply config files and flags to a script's globals, in place; return ({name: value} of all knobs, the names typed).
 
     resolve_device('auto') -> 'cpu' or the like: config files may branch on `device`, and so they see what it will be,
-    a --device anywhere on the command line included. first: the knob that a first word without -- stands for."""
+    a --device anywhere on the command line included. first: the knob that one bare word, without --, stands for.
+    configs: whether words that end in .py are config files."""
+    open_console()
     names = {k: v for k, v in knobs.items() if not k.startswith('_') and isinstance(v, PLAIN)}   # with their defaults
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if first and argv and not argv[0].startswith('-') and not argv[0].endswith('.py'):
-        argv[0] = f'--{first}={argv[0]}'
-    words = _words(argv, names)
+    words = _words(list(sys.argv[1:] if argv is None else argv), names, first, configs)
     if words is None:
-        _print_help(knobs, names)
+        write(_help(knobs, names))
         raise SystemExit(0)
     if resolve_device and any(key is None for key, _ in words):
         chosen = [text for key, text in words if key == 'device']
@@ -63,8 +72,9 @@ def configure(knobs, resolve_device=None, argv=None, first=None):
 
 
 def check(knobs, **rules):
-    """Fails for a knob outside its rule: the least that a number may be, (least, most), or a tuple of the words allowed. None
-    is always allowed, where a knob takes it."""
+    """Fail for a knob outside its rule: the least that a number may be, (least, most), or a tuple of the words allowed.
+
+    None is always allowed, where a knob takes it."""
     for key, rule in rules.items():
         value = knobs[key]
         if isinstance(rule, tuple) and isinstance(rule[0], str):
@@ -79,15 +89,20 @@ def check(knobs, **rules):
             fail(f'{key}={_shown(value)}: allowed are {allowed}; type --{key}={other}')
 
 
-def _words(argv, names):
-    """[(None, config file) or (knob, text)] in the order given; None when help is asked for."""
+def _words(argv, names, first, configs):
+    """Return [(None, config file) or (knob, text)] in the order typed; None when help is asked for."""
     words, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
         if word in ('-h', '--help'):
             return None
         if not word.startswith('--'):
-            words.append((None, _find_config(word)))
+            if configs and word.endswith('.py'):
+                words.append((None, _find_config(word)))
+            elif first and first not in [key for key, _ in words] and (word == '-' or not word.startswith('-')):
+                words.append((first, word))
+            else:
+                fail(_bare(word, names, first, [key for key, _ in words]))
             continue
         key, given, text = word[2:].partition('=')
         if key not in names:
@@ -104,15 +119,45 @@ def _words(argv, names):
     return words
 
 
+def _bare(word, names, first, before):
+    """Return the error for a word that is neither a flag nor a config file, with what was probably meant."""
+    key, _, value = word.lstrip('-').partition('=')
+    there = os.path.exists(word)
+    if key in names:
+        meant = f'--{key}={value or names[key]}'
+    elif word in OTHER_WORDS and OTHER_WORDS[word].partition('=')[0] in names:
+        meant = f'--{OTHER_WORDS[word]}'
+    elif first in before:
+        pattern = os.path.join(os.path.dirname(word), '*' + os.path.splitext(word)[1])
+        meant = f'--{first}="{pattern}", in quotes, for several files' if there else f'--{first} once'
+    elif 'checkpoint' in names and word.endswith('.pt'):
+        meant = f'--checkpoint={word}'
+    elif 'out_dir' in names and os.path.isdir(word):
+        meant = f'--out_dir={word}'
+    elif 'start' in names and not word.startswith('-'):
+        meant = f'--start=FILE:{word}' if there else f'--start={shlex.quote(word)}'
+    else:
+        near = difflib.get_close_matches(word, [f'config/{name}' for name in _configs()], n=1)
+        meant = near[0] if near else '--help for the list'
+    allowed = 'flags are --key=value, config files end in .py'
+    if first:
+        allowed = f'flags are --key=value, and one word alone is the {first}'
+    return f'{word!r} is neither a flag nor a config file: {allowed}; type {meant}'
+
+
+def _configs():
+    """Return the names of the config files beside the script."""
+    pattern = os.path.join(glob.escape(os.path.dirname(os.path.abspath(sys.argv[0]))), 'config', '*.py')
+    return [os.path.basename(path) for path in glob.glob(pattern)]
+
+
 def _find_config(word):
-    """A config file is looked for where it is named, then beside the script, so that any working folder will do."""
+    """Return the path of a config file: where it is named, or else beside the script, so that any working folder will do."""
     for path in (word, os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), word)):
         if os.path.isfile(path):
             return path
-    there = glob.glob(os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), 'config', '*.py'))
-    near = difflib.get_close_matches(word, [f'config/{os.path.basename(path)}' for path in there], n=1)
-    fail(f'{word!r} is neither a config file nor a flag: flags are --key=value; ' +
-         (f'did you mean {near[0]}?' if near else 'type --help for the list'))
+    near = difflib.get_close_matches(word, [f'config/{name}' for name in _configs()], n=1)
+    fail(f'there is no config file {word!r}; type {near[0] if near else "--help for what a script takes"}')
 
 
 class _Scope(dict):
@@ -128,12 +173,13 @@ class _Scope(dict):
 
 
 def _run_config(path, knobs, names):
-    """Run a config file with the knobs as its globals and take over what it assigned; returns those names."""
+    """Run a config file with the knobs as its globals and take over the knobs it assigns; return their names."""
     scope = _Scope({**{k: knobs[k] for k in names}, '__name__': '__config__', '__file__': path})
     try:
         with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
-            exec(compile(f.read(), path, 'exec'), scope)
-    except (Exception, SystemExit) as error:   # whatever a user's file does wrong; its line is all they need
+            tree = ast.parse(f.read(), path)
+        exec(compile(tree, path, 'exec'), scope)
+    except (Exception, SystemExit) as error:   # a user's file can do anything wrong; its line is all they need
         frames, tb = [], error.__traceback__
         while tb:
             frames.append(tb)
@@ -142,18 +188,45 @@ def _run_config(path, knobs, names):
             (t.tb_lineno for t in reversed(frames) if t.tb_frame.f_code.co_filename == path), 1)
         fail(f'{path}, line {line}: {type(error).__name__}: {error}; a config file is Python that assigns knobs')
     for key, value in scope.items():
-        if key.startswith('_') or isinstance(value, types.ModuleType):
-            continue
-        if key not in names:
+        value = _plain(value)
+        if key in names:
+            knobs[key] = checked(key, value, names[key], f'{path}: {key}={_shown(value)}')
+    for key in _assigned(tree):
+        if key not in names and not key.startswith('_') and isinstance(_plain(scope.get(key)), PLAIN):
             fail(_unknown(f'{path}: {key}', key, names) + ' (names of its own start with _)')
-        knobs[key] = checked(key, value, names[key], f'{path}: {key}={_shown(value)}')
     return scope.assigned & names.keys()
 
 
+def _assigned(tree):
+    """Return the names that a module's statements assign with =; names that loops and imports bind are not among them."""
+    found, nodes = [], [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+        targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+            for target in targets:
+                found += [name.id for name in ast.walk(target) if isinstance(name, ast.Name) and type(name.ctx) is ast.Store]
+    return found
+
+
+def _plain(value):
+    """Return NumPy's and torch's single numbers as Python's, and a path as text; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):
+        return value.item()
+    return value
+
+
 def _parse(text, default):
-    """The value a flag's text stands for: a string knob takes it as it is, any other a Python literal."""
+    """Return the value of a flag's text: a knob that is a string takes it as it is, any other takes a Python literal."""
     if isinstance(default, str) and default != 'auto':
         return text
+    if text.strip() in ('true', 'false') and (default == 'auto' or isinstance(default, bool)):
+        return text.strip() == 'true'
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -162,13 +235,17 @@ def _parse(text, default):
 
 
 def checked(key, value, default, where):
-    """value, as the type of the knob's default; fails for another type. 'auto' and None leave it to the script."""
+    """Return value as the type of the knob's default; fail for another type. 'auto' and None leave it to the script."""
     if isinstance(value, float) and not math.isfinite(value):
         fail(f'{where}: not a finite number; type --{key}={default}')
+    if type(default) is int and type(value) is float and value.is_integer():   # 1e3
+        value = int(value)
     if type(value) is int and not -2**63 <= value < 2**63:
         fail(f'{where}: too large, 64 bits are what there is; type --{key}={default}')
     if type(default) is float and type(value) is int:
         return float(value)
+    if key in PATHS and isinstance(value, str) and value.startswith('~'):
+        return os.path.expanduser(value)
     if type(value) is type(default) or default is None and isinstance(value, PLAIN):
         return value
     if default == 'auto' and isinstance(value, (bool, int, float, str)):
@@ -177,7 +254,7 @@ def checked(key, value, default, where):
 
 
 def _shown(value):
-    """A value in an error's line, whatever its size."""
+    """Return a value as an error's line shows it, whatever its size."""
     try:
         return repr(value)[:200]
     except ValueError:   # Python does not write out the largest numbers
@@ -185,19 +262,32 @@ def _shown(value):
 
 
 def _kind(default):
+    """Return in words which values a knob with this default takes."""
     if default == 'auto' or default is None:
         return f'{default} or a value'
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
 
 
 def _unknown(what, key, names):
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f'{what} is not a knob of this script' + (
-        f'; did you mean --{near[0]}?' if near else '; type --help for the list')
+    """Return the error for a name that is not a knob, with the knob that was probably meant."""
+    near = _nearest(key, names)
+    advice = f'did you mean --{near}?' if near else 'type --help for the list'
+    return f'{what} is not a knob of this script; {advice}'
 
 
-def _print_help(knobs, names):
-    """The script's docstring, then each knob with its default and the comment beside its assignment."""
+def _nearest(key, names):
+    """Return the knob that is meant by another program's word, by its initials or by a misspelling; None for no guess."""
+    other = OTHER_WORDS.get(key, '')
+    if other.partition('=')[0] in names:
+        return other
+    for name in names:
+        if key == ''.join(part[:1] for part in name.split('_')):   # lr, wd, bs
+            return name
+    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.5)), None)
+
+
+def _help(knobs, names):
+    """Return the script's docstring, then each knob with its default and the comment beside its assignment."""
     path = knobs.get('__file__')
     comments, lines = {}, {}
     if path:
@@ -208,7 +298,8 @@ def _print_help(knobs, names):
             for node in ast.parse(f.read()).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     lines.setdefault(node.targets[0].id, node.end_lineno)   # the first assignment is the knob's
-    print((knobs.get('__doc__') or '').strip() + '\n\nknobs, as --name=value:')
+    text = [(knobs.get('__doc__') or '').strip(), '', 'knobs, as --name=value:']
     width = max(map(len, names))
     for name, default in names.items():
-        print(re.sub(r'\s+$', '', f'  {name:{width}} {default!r:>14}  {comments.get(lines.get(name), "")}'))
+        text.append(f'  {name:{width}} {default!r:>14}  {comments.get(lines.get(name), "")}'.rstrip())
+    return '\n'.join(text) + '\n'

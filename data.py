@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from configurator import fail
+from console import fail, tell
 
 VERIFY_BELOW = 64 << 20   # bytes; larger files are checked by size at start-up and by token range as they are read
 RELEASE_AFTER = 256 << 20   # bytes read from the files until their pages are given back
@@ -377,7 +377,7 @@ def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, 
         fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
     counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
                        for split, info in meta['splits'].items())
-    print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}', file=sys.stderr)
+    tell(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}')
     return meta
 
 
@@ -530,7 +530,7 @@ def prepare_missing(name, data_dir, prepare):
     except ValueError as error:
         fail(f'prepare={prepare!r}: {error}; it takes a script and its flags; type --prepare="prepare_shakespeare.py"')
     if os.environ.get('LOCAL_RANK', '0') == '0':
-        print(f'{folder} is missing: running {prepare}', file=sys.stderr, flush=True)
+        tell(f'{folder} is missing: running {prepare}')
         status = subprocess.run([sys.executable, path, *flags, f'--data_dir={data_dir}']).returncode
         if status:
             sys.exit(status if status > 0 else 128 - status)
@@ -558,7 +558,7 @@ def _nanogpt_meta(folder):
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         if os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, as nanoGPT's are", file=sys.stderr)
+            tell(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, as nanoGPT's are")
         return dict(tokenizer=dict(kind='gpt2'))
     with open(path, 'rb') as f:
         itos = _PlainUnpickler(f).load()['itos']

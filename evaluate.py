@@ -92,5 +92,7 @@ if rank == 0:
     runtime.write_json(json, figures)
 if rank == 0 and json != '-':
     for key, value in figures.items():
-        print(f'{key:15} {value:,.6f}' if isinstance(value, float) else f'{key:15} {value if key == "split" else f"{value:,}"}')
+        if key != 'split':
+            value = f'{value:,.6f}' if isinstance(value, float) else f'{value:,}'
+        runtime.write(f'{key:15} {value}\n')
 runtime.leave(0)

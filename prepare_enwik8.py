@@ -23,7 +23,7 @@ input = ''           # a local copy, instead of the download: .zip, .gz or the t
 partial = False      # take a file that is shorter than enwik8, and mark the dataset as partial
 data_dir = 'data'    # the dataset becomes a folder in here
 url = 'https://mattmahoney.net/dc/enwik8.zip'   # where it is downloaded from
-configure(globals())
+configure(globals(), first='input', configs=False)
 
 ZIP_SIZE, ZIP_SHA256 = 36_445_475, '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
 SIZE, SHA256 = 100_000_000, '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'

@@ -11,9 +11,9 @@ As characters: 65 symbols, 1,003,854 and 111,540 tokens; as GPT-2's BPE: 301,966
 import contextlib
 import hashlib
 import os
-import sys
 
-from configurator import check, configure, exit_on_signals, fail
+from configurator import check, configure, exit_on_signals
+from console import fail, tell
 from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_prepared
 
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
@@ -21,7 +21,7 @@ input = ''           # a local copy of the text, instead of the download
 data_dir = 'data'    # the dataset becomes a folder in here
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'  # where it is downloaded from
 stand_in = False     # if the download fails, use text that every Python ships instead, marked as such
-configure(globals())
+configure(globals(), first='input', configs=False)
 
 LONGEST = 1 << 28   # bytes of a text
 SIZE, SHA256 = 1_115_394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -59,7 +59,7 @@ if len(raw) > LONGEST:
 source['sha256'] = hashlib.sha256(raw).hexdigest()
 if not source['stand_in'] and source['sha256'] != SHA256:
     source.update(name=os.path.basename(input), url=None)
-    print(f'note: {input} is not the Tiny Shakespeare file; taken as it is and recorded under its own name', file=sys.stderr)
+    tell(f'note: {input} is not the Tiny Shakespeare file; taken as it is and recorded under its own name')
 try:
     text = raw.decode('utf-8-sig')   # without the mark with which editors on Windows begin a file
 except UnicodeDecodeError as error:

@@ -21,27 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from configurator import fail
+import console
+from configurator import ending_signals
+from console import fail, say, write
 
 # Dense bf16 (fp16 before Ampere) peak, FLOP/s, from NVIDIA's data sheets; what is not listed gets no MFU.
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12,
               'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
-
-def say(*words):
-    """Progress and notes go to stderr, from rank 0 alone: stdout is for what the command is for."""
-    if os.environ.get('RANK', '0') == '0':
-        print(*words, file=sys.stderr, flush=True)
-
-
-def write(text):
-    """What a command is for, to stdout at once; bytes that are no UTF-8 as they came."""
-    try:
-        sys.stdout.buffer.write(text.encode('utf-8', 'surrogateescape'))
-        sys.stdout.buffer.flush()
-    except (OSError, AttributeError) as error:   # a full disk; None where it is closed
-        sys.stdout = None   # else Python tries once more at its end
-        fail(f'stdout cannot be written ({error}); type > FILE, on a disk with room')
 
 
 def clock(seconds):
@@ -62,11 +48,15 @@ def check_json(path):
 
 
 def write_json(path, figures):
-    """Figures as one JSON object: into the file --json names, to stdout for -, nowhere for ''."""
+    """Write figures as one JSON object: into the file that --json names, to stdout for -, nowhere for ''."""
+    text = json.dumps(figures, indent=1) + '\n'
+    if path == '-':
+        write(text)
+        return
     try:
         if path:
-            with contextlib.nullcontext(sys.stdout) if path == '-' else open(path, 'w', encoding='utf-8') as f:
-                f.write(json.dumps(figures, indent=1) + '\n')
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write(text)
     except OSError as error:
         fail(f'json={path} cannot be written ({error.strerror}); type --json=FILE for another, or --json=- for stdout')
 
@@ -291,6 +281,7 @@ def join_ranks(backend, device):
     """(rank, ranks, device) under torchrun, (0, 1, device) without. backend 'auto': nccl on GPUs, gloo elsewhere."""
     if 'RANK' not in os.environ:
         return 0, 1, device
+    rank, ranks = place_among_ranks(device)
     allowed = ('auto', 'nccl', 'gloo')
     if backend not in allowed or backend == 'nccl' and not device.startswith('cuda'):
         fail(f'backend={backend}: allowed are auto, gloo and, on a GPU, nccl; type --backend=auto')
@@ -300,11 +291,28 @@ def join_ranks(backend, device):
             fail(f'torchrun asks for GPU {local} and this machine has {count}; type --nproc_per_node={count}')
         device = f'cuda:{local}'
         torch.cuda.set_device(device)
-    rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     store = _fresh_store(rank, ranks) if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else None
     nccl = device.startswith('cuda') and backend != 'gloo'   # gloo beside it for agree, which then waits for no GPU
     dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', store=store, rank=rank, world_size=ranks)
     return rank, ranks, device
+
+
+def place_among_ranks(device):
+    """Return (rank, ranks) from torchrun's variables; fail where RANK is there without the others, or not a number."""
+    needed = ['RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']
+    if device == 'cuda':
+        needed.append('LOCAL_RANK')
+    missing = [name for name in needed if not os.environ.get(name)]
+    advice = 'type torchrun --standalone --nproc_per_node=2 before the script, or unset RANK for one process'
+    if missing:
+        fail(f'RANK={os.environ["RANK"]} is set, as torchrun does, and {", ".join(missing)} not; {advice}')
+    for name in needed:
+        if name != 'MASTER_ADDR' and not os.environ[name].isdecimal():
+            fail(f'{name}={os.environ[name]} is not a number, as torchrun sets it; {advice}')
+    rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    if rank >= ranks:
+        fail(f'RANK={rank} is not below WORLD_SIZE={ranks}; {advice}')
+    return rank, ranks
 
 
 def started_before(mark=False):
@@ -357,8 +365,7 @@ def leave(code):
         dist.barrier()   # a rank that leaves while others work can bring them down
         dist.destroy_process_group()
         atexit._run_exitfuncs()   # trackers send their last rows there
-        sys.stdout.flush()
-        sys.stderr.flush()
+        console.settle()
         os._exit(code)
     sys.exit(code)
 
@@ -466,11 +473,12 @@ def mean_loss(model, batches, device, dtype):
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 class Signals:
-    """SIGINT and SIGTERM, noted instead of obeyed, so that the step can be finished and saved."""
+    """SIGINT, SIGTERM and SIGHUP, noted instead of obeyed, so that the step can be finished and saved."""
 
     def __init__(self):
         self.caught = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.numbers = ending_signals()
+        for number in self.numbers:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
@@ -480,5 +488,5 @@ class Signals:
 
     def release(self):
         """Obey signals again, at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.numbers:
             signal.signal(number, signal.SIG_DFL)

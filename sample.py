@@ -41,8 +41,7 @@ dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for the matrices; 
 quantize = ''            # 'int8': a byte a weight, with one scale a row: faster, at a loss that is measured and shown
 compile = 'auto'         # torch.compile for the steps of one token; 'auto': when max_new_tokens pays for its seconds
 knobs, _ = configure(globals(), runtime.find_device)
-for number in (signal.SIGINT, getattr(signal, 'SIGPIPE', signal.SIGINT)):
-    signal.signal(number, signal.SIG_DFL)   # Ctrl-C, or a reader such as head that has seen enough, just ends it
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C just ends it
 
 check(knobs, num_samples=1, quantize=('', 'int8'), seed=0)
 try:
