@@ -221,7 +221,8 @@ def counted_loss(how):
 
 def one_run(name, seed, device):
     """Train one variant with one seed -> what is known of it."""
-    given, folder = flags_of(name), os.path.join('out-ablate', study, re.sub(r'\W+', '-', f'{name}-{seed}'))
+    given = flags_of(name)
+    folder = os.path.join('out-ablate', study, re.sub(r'\W+', '-', f'{name}-{seed}-{os.getpid()}'))
     run = dict(variant=name, seed=seed, flags=given, data=opened[given['dataset']][1], torch=torch.__version__,
                device=device.partition(':')[0])
     bits = 1 / math.log(2) / opened[given['dataset']][2]   # of a nat per token, per byte
@@ -231,7 +232,6 @@ def one_run(name, seed, device):
     for other in elsewhere:
         if all(other[key] == run[key] for key in ('seed', 'flags', 'data', 'torch', 'device')):
             return other | dict(variant=name)
-    shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'),
                *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}', f'--out_dir={folder}',
                f'--data_dir={data_dir}', f'--device={device}']
@@ -264,6 +264,8 @@ if not report:
         for folder in (results, os.path.join('out-ablate', study)):
             os.makedirs(folder, exist_ok=True)
         lock = runtime.lock(os.path.join('out-ablate', study))   # as long as this process lives
+        for left_over in glob.glob(os.path.join('out-ablate', study, '*', '')):   # a killed study's run may still write there
+            shutil.rmtree(left_over, ignore_errors=True)
     except OSError as error:
         fail(f'{error.filename} cannot be made ({error.strerror}); type --results=FOLDER for another place')
     for number in ending_signals():

@@ -198,7 +198,7 @@ def test_what_is_no_gpt2_is_refused(folder, refused, kind, word):
 def test_name_that_does_not_exist(mini, refused, monkeypatch):
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    for name in ('someone/nobody', 'gpt2-huge', './nowhere', '/nowhere/at/all', 'a b', '', '~/x'):
+    for name in ('someone/nobody', 'gpt2-huge', './nowhere', '/nowhere/at/all', 'a b', ''):
         for script in ('train.py', 'sample.py', 'evaluate.py'):
             refused(script, f'--init_from={name}', words=['init_from', name])
 

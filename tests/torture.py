@@ -156,9 +156,9 @@ def script(name, *flags, stdin=''):
             signal.signal(number, handler)
 
 
-with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding='utf-8')) as shown, contextlib.suppress(SystemExit):
     script('train.py', '--help')
-KNOBS = [line.split()[0] for line in shown.getvalue().partition('knobs, as')[2].splitlines()[1:]]
+KNOBS = [line.split()[0] for line in shown.buffer.getvalue().decode().partition('knobs, as')[2].splitlines()[1:]]
 assert 'learning_rate' in KNOBS
 words = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=20)
 numbers = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 10**30, 1e308, -0.0, '1e999', '0x10']))
