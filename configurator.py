@@ -1,12 +1,13 @@
 """
 Override a script's knobs from config files and the command line.
 
-A script assigns its knobs at module level, a comment beside each, and then calls `configure(globals())`:
+A script assigns its knobs at module level, a comment beside each, and then calls
+`configure(globals())`:
 
     python train.py config/train_shakespeare_char.py --batch_size=32 --dtype float32 --eval_only
 
-Config files are Python run with the knobs as their globals; flags are `--key=value`, `--key value`, or `--key` for
-True. They apply from left to right, so the last one wins. `--help` lists the knobs.
+Config files are Python run with the knobs as their globals. Flags are `--key=value`, `--key value`,
+or `--key` for True. They apply from left to right, so the last one wins. `--help` lists the knobs.
 """
 import ast
 import difflib
@@ -17,27 +18,30 @@ import shlex
 import signal
 import sys
 import tokenize
+import traceback
 
 from console import fail, open_console, write
 
 PLAIN = (bool, int, float, str, type(None))
-# knobs that name a file or a folder: a leading ~ is the home folder, which shells leave as it is in --key=~/file
+# Knobs that name a file or a folder. Shells do not expand the ~ in --key=~/file.
 PATHS = ('checkpoint', 'data_dir', 'init_from', 'input', 'json', 'out_dir', 'plot', 'results', 'to')
-# words that other programs use, and what they are called here
-OTHER_WORDS = {'resume': 'init_from=resume', 'model': 'init_from', 'epochs': 'max_iters', 'steps': 'max_iters',
-               'iters': 'max_iters', 'max_steps': 'max_iters', 'context': 'block_size', 'context_length': 'block_size',
-               'seq_len': 'block_size', 'layers': 'n_layer', 'heads': 'n_head', 'd_model': 'n_embd', 'hidden_size': 'n_embd',
-               'prompt': 'start', 'length': 'max_new_tokens', 'output': 'out_dir', 'accum': 'gradient_accumulation_steps'}
+# words that other programs use, and the knobs that mean the same here
+OTHER_WORDS = {
+    'resume': 'init_from=resume', 'model': 'init_from', 'output': 'out_dir',
+    'epochs': 'max_iters', 'steps': 'max_iters', 'iters': 'max_iters', 'max_steps': 'max_iters',
+    'context': 'block_size', 'context_length': 'block_size', 'seq_len': 'block_size',
+    'layers': 'n_layer', 'heads': 'n_head', 'd_model': 'n_embd', 'hidden_size': 'n_embd',
+    'prompt': 'start', 'length': 'max_new_tokens', 'accum': 'gradient_accumulation_steps'}
 
 
 def exit_on_signals():
-    """Let SIGINT, SIGTERM and SIGHUP end the script as its own exit would, so that half-written files are removed."""
+    """Let SIGINT, SIGTERM and SIGHUP end the script as sys.exit does, so that it can clean up."""
     for number in ending_signals():
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def ending_signals():
-    """Return the signals that ask a script to end: Ctrl-C, `kill`, and a closed terminal unless nohup hides it."""
+    """Return the signals of Ctrl-C, of `kill` and, unless nohup hides it, of a closed terminal."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -45,13 +49,18 @@ def ending_signals():
 
 
 def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
-    """Apply config files and flags to a script's globals, in place; return ({name: value} of all knobs, the names typed).
+    """Apply config files and flags to a script's globals, in place.
 
-    resolve_device('auto') -> 'cpu' or the like: config files may branch on `device`, and so they see what it will be,
-    a --device anywhere on the command line included. first: the knob that one bare word, without --, stands for.
+    Return ({name: value} of all knobs, the names typed or assigned by a config).
+    resolve_device('auto') -> 'cpu' or the like. Config files may branch on `device`, so they see
+    the resolved one, of a --device anywhere on the command line.
+    first: the knob that one bare word, without --, stands for.
     configs: whether words that end in .py are config files."""
     open_console()
-    names = {k: v for k, v in knobs.items() if not k.startswith('_') and isinstance(v, PLAIN)}   # with their defaults
+    names = {}   # with their defaults
+    for name, value in knobs.items():
+        if not name.startswith('_') and isinstance(value, PLAIN):
+            names[name] = value
     words = _words(list(sys.argv[1:] if argv is None else argv), names, first, configs)
     if words is None:
         write(_help(knobs, names))
@@ -68,12 +77,13 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
             knobs[key] = checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
     if resolve_device:
         knobs['device'] = resolve_device(knobs['device'])
-    return {k: knobs[k] for k in names}, given
+    return {name: knobs[name] for name in names}, given
 
 
 def check(knobs, **rules):
-    """Fail for a knob outside its rule: the least that a number may be, (least, most), or a tuple of the words allowed.
+    """Fail for a knob outside its rule.
 
+    A rule is the least that a number may be, (least, most), or a tuple of the words allowed.
     None is always allowed, where a knob takes it."""
     for key, rule in rules.items():
         value = knobs[key]
@@ -90,19 +100,21 @@ def check(knobs, **rules):
 
 
 def _words(argv, names, first, configs):
-    """Return [(None, config file) or (knob, text)] in the order typed; None when help is asked for."""
-    words, rest = [], list(argv)
+    """Return [(None, config file) or (knob, text)] in the order typed; None for --help."""
+    words = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word in ('-h', '--help'):
             return None
         if not word.startswith('--'):
+            before = [key for key, _ in words]
             if configs and word.endswith('.py'):
                 words.append((None, _find_config(word)))
-            elif first and first not in [key for key, _ in words] and (word == '-' or not word.startswith('-')):
+            elif first and first not in before and (word == '-' or not word.startswith('-')):
                 words.append((first, word))
             else:
-                fail(_bare(word, names, first, [key for key, _ in words]))
+                fail(_bare(word, names, first, before))
             continue
         key, given, text = word[2:].partition('=')
         if key not in names:
@@ -114,13 +126,14 @@ def _words(argv, names, first, configs):
             elif flag:
                 text = 'True'
             else:
-                fail(f'--{key} has no value: it takes {_kind(names[key])}; type --{key}={names[key]}')
+                fail(f'--{key} has no value: it takes {_kind(names[key])}; '
+                     f'type --{key}={names[key]}')
         words.append((key, text))
     return words
 
 
 def _bare(word, names, first, before):
-    """Return the error for a word that is neither a flag nor a config file, with what was probably meant."""
+    """Return the error for a word that is neither a flag nor a config file, with a guess."""
     key, _, value = word.lstrip('-').partition('=')
     there = os.path.exists(word)
     if key in names:
@@ -129,7 +142,9 @@ def _bare(word, names, first, before):
         meant = f'--{OTHER_WORDS[word]}'
     elif first in before:
         pattern = os.path.join(os.path.dirname(word), '*' + os.path.splitext(word)[1])
-        meant = f'--{first}="{pattern}", in quotes, for several files' if there else f'--{first} once'
+        meant = f'--{first} once'
+        if there:
+            meant = f'--{first}="{pattern}", in quotes, for several files'
     elif 'checkpoint' in names and word.endswith('.pt'):
         meant = f'--checkpoint={word}'
     elif 'out_dir' in names and os.path.isdir(word):
@@ -147,17 +162,23 @@ def _bare(word, names, first, before):
 
 def _configs():
     """Return the names of the config files beside the script."""
-    pattern = os.path.join(glob.escape(os.path.dirname(os.path.abspath(sys.argv[0]))), 'config', '*.py')
-    return [os.path.basename(path) for path in glob.glob(pattern)]
+    paths = glob.glob(os.path.join(glob.escape(_home()), 'config', '*.py'))
+    return [os.path.basename(path) for path in paths]
+
+
+def _home():
+    """Return the script's folder."""
+    return os.path.dirname(os.path.abspath(sys.argv[0]))
 
 
 def _find_config(word):
-    """Return the path of a config file: where it is named, or else beside the script, so that any working folder will do."""
-    for path in (word, os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), word)):
+    """Return the path of a config file: in the working folder, or else beside the script."""
+    for path in (word, os.path.join(_home(), word)):
         if os.path.isfile(path):
             return path
     near = difflib.get_close_matches(word, [f'config/{name}' for name in _configs()], n=1)
-    fail(f'there is no config file {word!r}; type {near[0] if near else "--help for what a script takes"}')
+    advice = near[0] if near else '--help for the list of flags'
+    fail(f'there is no config file {word!r}; type {advice}')
 
 
 class _Scope(dict):
@@ -173,47 +194,55 @@ class _Scope(dict):
 
 
 def _run_config(path, knobs, names):
-    """Run a config file with the knobs as its globals and take over the knobs it assigns; return their names."""
-    scope = _Scope({**{k: knobs[k] for k in names}, '__name__': '__config__', '__file__': path})
+    """Run a config file with the knobs as its globals; return the names of those it assigns."""
+    scope = _Scope({name: knobs[name] for name in names})
+    scope.update(__name__='__config__', __file__=path)
     try:
         with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
             tree = ast.parse(f.read(), path)
         exec(compile(tree, path, 'exec'), scope)
-    except (Exception, SystemExit) as error:   # a user's file can do anything wrong; its line is all they need
-        frames, tb = [], error.__traceback__
-        while tb:
-            frames.append(tb)
-            tb = tb.tb_next
-        line = getattr(error, 'lineno', None) or next(
-            (t.tb_lineno for t in reversed(frames) if t.tb_frame.f_code.co_filename == path), 1)
-        fail(f'{path}, line {line}: {type(error).__name__}: {error}; a config file is Python that assigns knobs')
+    except (Exception, SystemExit) as error:   # a user's file can do anything wrong
+        line = 1
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                line = frame.lineno
+        line = getattr(error, 'lineno', None) or line
+        fail(f'{path}, line {line}: {type(error).__name__}: {error}; '
+             f'a config file is Python that assigns knobs')
     for key, value in scope.items():
         value = _plain(value)
         if key in names:
             knobs[key] = checked(key, value, names[key], f'{path}: {key}={_shown(value)}')
     for key in _assigned(tree):
-        if key not in names and not key.startswith('_') and isinstance(_plain(scope.get(key)), PLAIN):
+        own = key.startswith('_') or not isinstance(_plain(scope.get(key)), PLAIN)
+        if key not in names and not own:
             fail(_unknown(f'{path}: {key}', key, names) + ' (names of its own start with _)')
     return scope.assigned & names.keys()
 
 
 def _assigned(tree):
-    """Return the names that a module's statements assign with =; names that loops and imports bind are not among them."""
-    found, nodes = [], [tree]
+    """Return the names that a module assigns with =, without those of loops and imports."""
+    found = []
+    nodes = [tree]
     while nodes:
         node = nodes.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             continue
         nodes.extend(ast.iter_child_nodes(node))
-        targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
-            for target in targets:
-                found += [name.id for name in ast.walk(target) if isinstance(name, ast.Name) and type(name.ctx) is ast.Store]
+        targets = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+            targets = [node.target]
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    found.append(part.id)
     return found
 
 
 def _plain(value):
-    """Return NumPy's and torch's single numbers as Python's, and a path as text; anything else as it is."""
+    """Return NumPy's and torch's single numbers as Python's, a path as text, all else unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):
@@ -222,11 +251,14 @@ def _plain(value):
 
 
 def _parse(text, default):
-    """Return the value of a flag's text: a knob that is a string takes it as it is, any other takes a Python literal."""
+    """Return the value of a flag's text.
+
+    A knob that is a string takes the text unchanged, any other knob takes a Python literal."""
     if isinstance(default, str) and default != 'auto':
         return text
-    if text.strip() in ('true', 'false') and (default == 'auto' or isinstance(default, bool)):
-        return text.strip() == 'true'
+    if isinstance(default, bool) or default == 'auto':
+        if text.strip() in ('true', 'false'):
+            return text.strip() == 'true'
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -235,7 +267,9 @@ def _parse(text, default):
 
 
 def checked(key, value, default, where):
-    """Return value as the type of the knob's default; fail for another type. 'auto' and None leave it to the script."""
+    """Return value as the type of the knob's default; fail for another type.
+
+    A default of 'auto' or None takes any plain value, which the script itself checks."""
     if isinstance(value, float) and not math.isfinite(value):
         fail(f'{where}: not a finite number; type --{key}={default}')
     if type(default) is int and type(value) is float and value.is_integer():   # 1e3
@@ -265,7 +299,8 @@ def _kind(default):
     """Return in words which values a knob with this default takes."""
     if default == 'auto' or default is None:
         return f'{default} or a value'
-    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
+    words = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}
+    return words[type(default)]
 
 
 def _unknown(what, key, names):
@@ -276,7 +311,7 @@ def _unknown(what, key, names):
 
 
 def _nearest(key, names):
-    """Return the knob that is meant by another program's word, by its initials or by a misspelling; None for no guess."""
+    """Return the knob meant by another program's word, by initials or by a misspelling, or None."""
     other = OTHER_WORDS.get(key, '')
     if other.partition('=')[0] in names:
         return other
@@ -287,19 +322,22 @@ def _nearest(key, names):
 
 
 def _help(knobs, names):
-    """Return the script's docstring, then each knob with its default and the comment beside its assignment."""
+    """Return the script's docstring, then each knob with its default and its comment."""
     path = knobs.get('__file__')
-    comments, lines = {}, {}
+    comments = {}   # line: its comment
+    lines = {}      # knob: the line that assigns it first
     if path:
         with tokenize.open(path) as f:
-            comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(f.readline)
-                        if t.type == tokenize.COMMENT}
+            for token in tokenize.generate_tokens(f.readline):
+                if token.type == tokenize.COMMENT:
+                    comments[token.start[0]] = token.string.lstrip('# ')
         with tokenize.open(path) as f:
             for node in ast.parse(f.read()).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    lines.setdefault(node.targets[0].id, node.end_lineno)   # the first assignment is the knob's
+                    lines.setdefault(node.targets[0].id, node.end_lineno)
     text = [(knobs.get('__doc__') or '').strip(), '', 'knobs, as --name=value:']
     width = max(map(len, names))
     for name, default in names.items():
-        text.append(f'  {name:{width}} {default!r:>14}  {comments.get(lines.get(name), "")}'.rstrip())
+        comment = comments.get(lines.get(name), '')
+        text.append(f'  {name:{width}} {default!r:>14}  {comment}'.rstrip())
     return '\n'.join(text) + '\n'

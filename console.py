@@ -1,9 +1,10 @@
 """
 What the scripts say and write: progress, notes and errors on stderr, results on stdout.
 
-A console can fail at any time: a reader such as `head` ends, a terminal is closed, the disk that holds a log file fills up.
-That never stops training or saving: what a broken stderr cannot take is dropped. A result that stdout cannot take ends the
-script with exit code 2, and quietly where its reader has seen enough.
+A console can fail at any time: a reader such as `head` ends, a terminal is closed, the disk under
+a log file fills up. That never stops training or saving: text that a broken stderr cannot take is
+dropped. A result that stdout cannot take ends the script with exit code 2. Where the reader of
+stdout has ended, the script ends without a word.
 """
 import atexit
 import os
@@ -13,9 +14,10 @@ READER_GONE = 128 + 13   # exit code of a program that SIGPIPE ends
 
 
 def open_console():
-    """Make sure that numbers 0 to 2 are open files, and that unwritten text cannot change the exit code at the end.
+    """Open files 0, 1 and 2 where they are closed, and let unwritten text not change the exit code.
 
-    Where `2>&-` has closed stderr, the next file opened would get its number, and with it the messages of every library."""
+    Where `2>&-` has closed stderr, the next file that is opened would get its number 2, and with it
+    the messages of every library."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -31,7 +33,7 @@ def open_console():
 
 
 def settle():
-    """Flush stdout and stderr; drop what they cannot take. Python would end with exit code 120 for it."""
+    """Flush stdout and stderr, and drop what they cannot take. Python would exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream:
@@ -59,13 +61,17 @@ def say(*words):
 
 
 def fail(message):
-    """End the script for a user's mistake: one line on stderr (what is wrong, what is allowed, what to type), exit code 2."""
+    """End the script for a user's mistake, with exit code 2 and one line on stderr.
+
+    The line says what is wrong, what is allowed and what to type."""
     tell('error: ' + ' '.join(str(message).split()))
     raise SystemExit(2)
 
 
 def write(text):
-    """Write a command's result to stdout as UTF-8, unbuffered; undecodable bytes pass through unchanged."""
+    """Write a command's result to stdout, unbuffered, in UTF-8.
+
+    Surrogate escapes become the bytes they stand for."""
     if sys.stdout is None:
         fail('stdout is closed, and the result is written there; type > FILE behind the command')
     try:
@@ -75,4 +81,5 @@ def write(text):
     except BrokenPipeError:   # `| head` has seen enough
         raise SystemExit(READER_GONE) from None
     except OSError as error:
-        fail(f'stdout cannot be written ({error.strerror}); type > FILE behind the command, on a disk with room')
+        fail(f'stdout cannot be written ({error.strerror}); '
+             f'type > FILE behind the command, on a disk with room')

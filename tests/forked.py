@@ -1,9 +1,11 @@
 """
-Ranks without torchrun: torch is imported once, then every run and every rank of it is a fork, which takes a tenth of the time.
+Ranks without torchrun: torch is imported once, then every run and every rank of it is a fork.
 
-    python tests/forked.py 2 train.py --max_iters=6 --then 1 train.py --max_iters=9 --init_from=resume
+A fork starts in a tenth of the time that a fresh start takes.
 
-Ends with the first exit code that is not 0. What torchrun itself does (restarts, agents, signals) is tested with torchrun.
+    python tests/forked.py 2 train.py --max_iters=6 --then 1 train.py --init_from=resume
+
+Ends with the first exit code that is not 0. Restarts, agents and signals are tested with torchrun.
 """
 import atexit
 import os
@@ -57,8 +59,11 @@ def fork_ranks(ranks, script, flags, log=''):
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
     where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=str(ranks))
-    return [fork_script(script, flags, log and f'{log}.{rank}', {**where, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
-            for rank in range(ranks)]
+    pids = []
+    for rank in range(ranks):
+        environment = {**where, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+        pids.append(fork_script(script, flags, log and f'{log}.{rank}', environment))
+    return pids
 
 
 def wait(pid, seconds=60):

@@ -1,4 +1,7 @@
-"""console.py: a console that cannot be written costs neither a run nor its exit code. pytest tests/test_console.py"""
+"""console.py: a console that cannot be written costs neither a run nor its exit code.
+
+    pytest tests/test_console.py
+"""
 import json
 import os
 import pty
@@ -13,10 +16,21 @@ from conftest import PYTHON, ROOT, TINY, read_log
 
 import checkpoint
 
-LONG = [*TINY, '--max_iters=100000', '--lr_decay_iters=100000', '--eval_interval=100000', '--log_interval=1',
-        '--max_minutes=0.4']   # which ends it where a signal does not
+LONG = [*TINY, '--max_iters=100000', '--lr_decay_iters=100000', '--eval_interval=100000',
+        '--log_interval=1', '--max_minutes=0.4']   # the minutes end it where a signal does not
 SHORT = [*TINY, '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=20', '--log_interval=1']
-ASCII = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')   # a locale in which Python writes ASCII
+MASTER = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='1')
+# a locale in which Python writes ASCII
+ASCII = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+
+
+NOHUP = '''
+import os, runpy, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
 
 
 def command(name, *flags, python=PYTHON):
@@ -34,7 +48,7 @@ def saved_at(out):
 
 
 def whole(out, steps):
-    """Return whether a run has ended as it should: every step logged, the last one saved, nothing left behind."""
+    """Return whether a run has logged every step, saved the last one and left nothing behind."""
     rows = read_log(f'{out}/log.csv')
     return (saved_at(out) == steps and [int(row['iter']) for row in rows] == list(range(steps + 1))
             and not os.path.exists(f'{out}/.lock'))
@@ -50,17 +64,20 @@ def wait_for(path, lines):
 
 @pytest.mark.parametrize('python', [PYTHON, sys.executable])
 def test_ctrl_c_under_tee(mini, python):
-    """A terminal sends Ctrl-C to the whole group: tee is gone before the next line is logged, and the run is saved."""
+    """A terminal sends Ctrl-C to the whole group: tee ends before the next line is logged."""
     terminal, console = pty.openpty()
-    line = f'trap : INT; {command("train.py", *LONG, python=python)} 2>&1 | tee log; echo ${{PIPESTATUS[0]}} > code'
-    with subprocess.Popen(['setsid', '--ctty', 'bash', '-c', line], stdin=console, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL):
+    train = command('train.py', *LONG, python=python)
+    line = f'trap : INT; {train} 2>&1 | tee log; echo ${{PIPESTATUS[0]}} > code'
+    with subprocess.Popen(['setsid', '--ctty', 'bash', '-c', line], stdin=console,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         wait_for('out/log.csv', 20)
         os.write(terminal, b'\x03')
     os.close(terminal)
     os.close(console)
     steps = len(read_log('out/log.csv'))
-    assert int(open('code').read()) == 130 and saved_at('out') == steps > 20 and not os.path.exists('out/.lock')
+    assert int(open('code').read()) == 130
+    assert saved_at('out') == steps > 20
+    assert not os.path.exists('out/.lock')
 
 
 def test_a_reader_that_has_seen_enough(mini):
@@ -69,14 +86,15 @@ def test_a_reader_that_has_seen_enough(mini):
     assert done.returncode == 0 and done.stdout.count(b'\n') == 5 and whole('out', 60)
 
 
-@pytest.mark.parametrize('where, python', [('2>/dev/full', PYTHON), ('>/dev/full 2>&1', PYTHON), ('2>&-', sys.executable),
-                                           ('<&- >&- 2>&-', sys.executable)])
+@pytest.mark.parametrize('where, python', [
+    ('2>/dev/full', PYTHON), ('>/dev/full 2>&1', PYTHON), ('2>&-', sys.executable),
+    ('<&- >&- 2>&-', sys.executable)])
 def test_a_console_that_cannot_be_written(mini, where, python):
-    """A full disk under the console's log, and closed files: the run is whole, its exit code 0, its files its own."""
+    """A full disk under the console's log, or closed files: the run is whole and ends with 0."""
     done = shell(f'{command("train.py", *SHORT, python=python)} {where}')
     assert done.returncode == 0 and whole('out', 60)
     with open('out/log.csv') as f:
-        assert all(line.count(',') == 7 for line in f)   # no message of anybody's in it
+        assert all(line.count(',') == 7 for line in f)   # no library's message is in it
 
 
 def test_mistakes_keep_their_exit_code(mini):
@@ -84,11 +102,12 @@ def test_mistakes_keep_their_exit_code(mini):
     assert done.stdout == b'2\n'
 
 
-@pytest.mark.parametrize('name, flags', [('train.py', ['--help']), ('evaluate.py', ['--help']), ('evaluate.py', []),
-                                         ('evaluate.py', ['--json=-']), ('ablate.py', ['list']), ('sample.py', ['--start=1']),
-                                         ('analyze.py', ['--start=12 times 3', '--windows=2'])])
+@pytest.mark.parametrize('name, flags', [
+    ('train.py', ['--help']), ('evaluate.py', ['--help']), ('evaluate.py', []),
+    ('evaluate.py', ['--json=-']), ('ablate.py', ['list']), ('sample.py', ['--start=1']),
+    ('analyze.py', ['--start=12 times 3', '--windows=2'])])
 def test_stdout_that_cannot_be_written(trained, folder, name, flags):
-    """A result on a full disk is a mistake in one line; one whose reader is gone is none; no traceback anywhere."""
+    """A full disk is said in one line; a reader that has ended ends the script in silence."""
     if name in ('evaluate.py', 'sample.py', 'analyze.py') and '--help' not in flags:
         os.symlink(trained.parent / 'data', 'data')
         os.mkdir('out')
@@ -99,19 +118,23 @@ def test_stdout_that_cannot_be_written(trained, folder, name, flags):
     assert full.returncode == 2 and len(errors) == 1 and b'stdout' in errors[0], full.stderr
     gone = shell(f'{command(name, *flags)} > >(exec 0<&-); echo $? >&2')
     assert gone.stderr.splitlines()[-1] == b'141'
-    assert b'Traceback' not in full.stderr + gone.stderr and b'Exception ignored' not in full.stderr + gone.stderr
+    for said in (full.stderr, gone.stderr):
+        assert b'Traceback' not in said and b'Exception ignored' not in said
 
 
 def test_closed_stdout(trained, folder):
     os.symlink(trained.parent / 'data', 'data')
-    done = shell(f'{command("evaluate.py", "--json=-", f"--out_dir={trained}", "--device=cpu", python=sys.executable)} >&-')
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(b'error: stdout is closed')
+    flags = ['--json=-', f'--out_dir={trained}', '--device=cpu']
+    done = shell(f'{command("evaluate.py", *flags, python=sys.executable)} >&-')
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(b'error: stdout is closed')
 
 
 def test_a_sample_without_stderr(trained, folder):
     """Notes that nobody reads do not cost the text."""
     flags = ['--start=12 times 3', f'--out_dir={trained}', '--max_new_tokens=20', '--device=cpu']
-    assert shell(f'{command("sample.py", *flags)} 2> >(exec 0<&-)').stdout == shell(command('sample.py', *flags)).stdout != b''
+    unread = shell(f'{command("sample.py", *flags)} 2> >(exec 0<&-)')
+    assert unread.stdout == shell(command('sample.py', *flags)).stdout != b''
 
 
 def test_a_locale_without_letters(folder):
@@ -127,9 +150,8 @@ def test_a_closed_terminal_saves(mini):
     job.send_signal(signal.SIGHUP)
     assert job.wait(60) == 128 + signal.SIGHUP
     assert saved_at('out') == len(read_log('out/log.csv')) > 20
-    ignoring = f'import os, signal, runpy, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.path.insert(0, {str(ROOT)!r}); ' \
-               f'sys.argv = ["train.py", *{LONG!r}, "--out_dir=ignored"]; runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")'
-    job = subprocess.Popen([PYTHON, '-c', ignoring], stderr=subprocess.DEVNULL)
+    nohup = [PYTHON, '-c', NOHUP, str(ROOT / 'train.py'), *LONG, '--out_dir=ignored']
+    job = subprocess.Popen(nohup, stderr=subprocess.DEVNULL)
     wait_for('ignored/log.csv', 20)
     job.send_signal(signal.SIGHUP)
     rows = len(read_log('ignored/log.csv'))
@@ -140,8 +162,8 @@ def test_a_closed_terminal_saves(mini):
 
 @pytest.mark.parametrize('variables, words', [
     (dict(RANK='0'), ['WORLD_SIZE, MASTER_ADDR, MASTER_PORT', 'torchrun', 'unset RANK']),
-    (dict(RANK='x', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1'), ['RANK=x', 'number']),
-    (dict(RANK='2', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1'), ['RANK=2', 'WORLD_SIZE=2'])])
+    (dict(RANK='x', WORLD_SIZE='2', **MASTER), ['RANK=x', 'number']),
+    (dict(RANK='2', WORLD_SIZE='2', **MASTER), ['RANK=2', 'WORLD_SIZE=2'])])
 def test_half_of_torchruns_variables(mini, refused, monkeypatch, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
