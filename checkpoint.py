@@ -291,6 +291,8 @@ def read(path):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Damaged:
         raise
+    except PermissionError as error:
+        raise Damaged(f'cannot be read ({error.strerror})') from None
     except Exception as error:   # a damaged file can make its reader raise anything
         reason = str(error).strip().splitlines() or ['']
         if isinstance(error, pickle.UnpicklingError):   # torch's own words are of weights_only and its history

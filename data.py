@@ -440,7 +440,7 @@ class Dataset:
             size, hashes = known and int(known['tokens']) * int(self.dtype[-1]), known and dict(known['sha256'])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             fail(f'{self.folder}/meta.json does not describe {split}.bin; {self.again}')
-        sizes = [os.path.getsize(path) for path in paths]
+        sizes = [self._size(path) for path in paths]
         if known and (sum(sizes) != size or set(hashes) != set(map(os.path.basename, paths))):
             fail(f'{self.folder}: {split}.bin disagrees with meta.json: {sum(sizes):,} bytes in {len(paths)} file(s), '
                  f'where {size:,} in {len(hashes)} are expected; {self.again}')
@@ -450,8 +450,11 @@ class Dataset:
                 fail(f'{path} is empty; {self.again}')
             if n % int(self.dtype[-1]):
                 fail(f'{path}: {n} bytes are not a whole number of {self.dtype[-1]}-byte tokens; {self.again}')
-            with open(path, 'rb') as f:
-                self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            try:
+                with open(path, 'rb') as f:
+                    self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                self._unreadable(path, error)
             shard = np.frombuffer(self.maps[-1], dtype=self.dtype)
             if n <= VERIFY_BELOW:
                 if known and hashlib.sha256(shard).hexdigest() != hashes[os.path.basename(path)]:
@@ -459,6 +462,18 @@ class Dataset:
                 self.check_range(shard, path)
             shards.append(shard)
         return shards
+
+    def _size(self, path):
+        """Return the bytes in a token file; fails for one that cannot be read."""
+        try:
+            return os.path.getsize(path)
+        except OSError as error:
+            self._unreadable(path, error)
+
+    def _unreadable(self, path, error):
+        """Fail for a token file that the system does not let us read."""
+        reason = error.strerror or error
+        fail(f'{path} cannot be read ({reason}); make it readable, or {self.again}')
 
     def release(self):
         """Give back the pages read so far: they count as this process's memory and would grow to all of it (nanoGPT #287)."""

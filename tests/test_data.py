@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,48 @@ def test_token_outside_the_vocabulary(folder, capsys, monkeypatch):
     windows = TrainingWindows(Dataset('made'), 'train', 8, seed=1)
     with pytest.raises(SystemExit):
         windows.batch(0, 4)
+
+
+def test_files_that_cannot_be_opened(mini, capsys, monkeypatch):
+    """One line for each kind of file, that names it."""
+    import builtins
+    import mmap
+
+    import checkpoint
+    Path('last.pt').write_bytes(b'x')
+    real = builtins.open
+    forbidden = ''
+
+    def guarded(path, *args, **kwargs):
+        if forbidden and str(path).endswith(forbidden):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(builtins, 'open', guarded)
+
+    def line_for(act):
+        with pytest.raises(SystemExit) as stop:
+            act()
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.startswith('error: ') and line.count('\n') == 1
+        assert 'Permission denied' in line
+        return line
+    for split in ('train', 'val'):
+        forbidden = f'{split}.bin'
+        line = line_for(lambda split=split: Dataset('mini').split(split))
+        assert f'data/mini/{split}.bin cannot be read' in line
+    forbidden = 'meta.json'
+    assert 'data/mini' in line_for(lambda: Dataset('mini'))
+    forbidden = 'last.pt'
+    assert 'damaged' not in line_for(lambda: checkpoint.load('last.pt'))
+    forbidden = ''
+
+    def refusing(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(mmap, 'mmap', refusing)
+    assert 'data/mini/val.bin cannot be read' in line_for(lambda: Dataset('mini').split('val'))
+    os.rename('data/mini/meta.json', 'data/mini/meta.pkl')
+    forbidden = 'meta.pkl'
+    assert 'data/mini' in line_for(lambda: Dataset('mini'))
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------
