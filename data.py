@@ -39,9 +39,15 @@ PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'enwik8': 'python prepare_enwik8.py --tokenizer=byte', 'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
 
 
-def how_to_make(name):
-    """The command that makes the dataset of that name."""
-    return PREPARE.get(name, f'python prepare_text.py --input=FILE_OR_FOLDER --name={name} --tokenizer=char')
+def how_to_make(name, tokenizer='char', data_dir='data'):
+    """Return the command that makes the dataset of that name in data_dir.
+
+    tokenizer: the kind to advise for a dataset of the user's own text."""
+    own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
+    command = PREPARE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
+    if data_dir != 'data':
+        command += f' --data_dir={shlex.quote(data_dir)}'
+    return command
 
 
 # ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, opening, the text
@@ -407,8 +413,10 @@ class Dataset:
     """data/<name>/ opened: tokenizer, vocab_size, meta, and the splits as lists of token arrays, one a shard."""
 
     def __init__(self, name, data_dir='data'):
-        self.name, self.folder = name, os.path.join(data_dir, name)
-        self.again = f'type {how_to_make(name)} to make it again'
+        self.name = name
+        self.data_dir = data_dir
+        self.folder = os.path.join(data_dir, name)
+        self.again = f'type {how_to_make(name, data_dir=data_dir)} to make it again'
         try:
             if os.path.exists(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
@@ -422,6 +430,8 @@ class Dataset:
                 pickle.UnpicklingError) as error:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); {self.again}')
         self.vocab_size = self.tokenizer.vocab_size
+        kind = self.tokenizer.state()['kind']
+        self.again = f'type {how_to_make(name, kind, data_dir)} to make it again'
         self.opened = {}   # split -> its shards, verified once
         self.maps = []     # of all of them
 
@@ -493,7 +503,7 @@ class Dataset:
             return ''
         lines = (f'THIS IS NOT {source.get("instead_of", "THE REAL TEXT")}: a stand-in, {source.get("name")}',
                  f'Why: {source.get("reason")}',
-                 f'With a network, replace it: {how_to_make(self.name)}')
+                 f'With a network, replace it: {how_to_make(self.name, data_dir=self.data_dir)}')
         return '\n'.join(('=' * 80, *(line[:300] for line in lines), '=' * 80))
 
 
@@ -510,13 +520,17 @@ def open_dataset(name, data_dir='data', needs=('train', 'val')):
     """The Dataset of that name; fails where a split that is needed is not there, saying how to make it."""
     folder, ready = find_dataset(name, data_dir, needs)
     if not ready:
-        fail(_missing(name, folder, needs))
+        fail(_missing(name, data_dir, needs))
     return Dataset(name, data_dir)
 
 
-def _missing(name, folder, needs=('train', 'val'), why=''):
+def _missing(name, data_dir, needs=('train', 'val'), why=''):
+    folder = os.path.join(data_dir, name)
     missing = [f'{split}.bin' for split in needs if not _shards(folder, split)]
-    return f'{folder} has no {" and ".join(missing)}{why}; make it first: {how_to_make(name)}'
+    return (f'{folder} has no {" and ".join(missing)}{why}; make it first: '
+            f'{how_to_make(name, data_dir=data_dir)}')
+
+
 
 
 def with_split(name, tokenizer, data_dir, split='val'):
@@ -536,7 +550,7 @@ def prepare_missing(name, data_dir, prepare):
         return
     makes = next((made for made, command in PREPARE.items() if f'python {prepare}'.startswith(command)), name)
     if not prepare or makes != name:
-        fail(_missing(name, folder, why=f', and prepare={prepare!r} makes {makes}' * bool(prepare)))
+        fail(_missing(name, data_dir, why=f', and prepare={prepare!r} makes {makes}' * bool(prepare)))
     try:
         script, *flags = shlex.split(prepare)
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)

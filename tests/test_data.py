@@ -12,7 +12,15 @@ import pytest
 import torch
 
 import data
-from data import ByteTokenizer, CharTokenizer, Dataset, TrainingWindows, evaluation_batches, write_dataset
+from data import (
+    ByteTokenizer,
+    CharTokenizer,
+    Dataset,
+    TrainingWindows,
+    evaluation_batches,
+    how_to_make,
+    write_dataset,
+)
 
 SCRIPTS = ['To be, or not to be', 'Быть или не быть', '生きるべきか', '存在还是毁灭', 'أكون أو لا أكون', 'להיות או לא להיות', '🎭🏴󠁧󠁢󠁥󠁮󠁧󠁿 e\u0301']
 
@@ -186,6 +194,21 @@ def test_files_that_cannot_be_opened(mini, capsys, monkeypatch):
     os.rename('data/mini/meta.json', 'data/mini/meta.pkl')
     forbidden = 'meta.pkl'
     assert 'data/mini' in line_for(lambda: Dataset('mini'))
+
+
+def test_what_makes_a_dataset_again(folder, capsys):
+    """The tokenizer is the dataset's own, the folder the one it is in."""
+    source = dict(name='made', url=None, sha256='', stand_in=False)
+    splits = {split: [(np.arange(50), 50)] for split in ('train', 'val')}
+    write_dataset('else where/made', splits, ByteTokenizer(), source)
+    with open('else where/made/val.bin', 'ab') as f:
+        f.write(b'0')
+    with pytest.raises(SystemExit):
+        Dataset('made', 'else where').split('val')
+    line = capsys.readouterr().err
+    assert "--name=made --tokenizer=byte --data_dir='else where' to make it again" in line
+    assert how_to_make('shakespeare') == 'python prepare_shakespeare.py --tokenizer=gpt2'
+
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------
