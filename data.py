@@ -9,6 +9,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -387,24 +388,50 @@ def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, 
     return meta
 
 
+def as_typed(text):
+    """Return a word of the command line as the text that was typed.
+
+    In a locale of ASCII, Python hands each byte of a character above 127 on as half of a surrogate
+    pair. Text that was not typed in UTF-8 is returned as it is."""
+    try:
+        return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:   # other halves of pairs, from a config file or from Windows
+        return text
+
+
 def read_prompt(start, longest=1 << 24):
-    """The text that a knob `start` stands for: itself, FILE:path, or - for standard input; at most so many characters."""
+    """Return the text that a knob `start` stands for: itself, FILE:path, or - for standard input.
+
+    Line ends stay as they are. Fails for more than `longest` characters."""
     if start == '-' and sys.stdin is None:
         fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
     try:
         if start == '-':
-            text = sys.stdin.read(longest + 1).removeprefix('\ufeff')   # a mark, with which editors on Windows begin a file
+            text = _read_stdin(longest + 1)
         elif start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8-sig') as f:   # without that mark
+            path = os.path.expanduser(start.removeprefix('FILE:'))
+            # utf-8-sig skips the mark with which editors on Windows begin a file
+            with open(path, encoding='utf-8-sig', newline='') as f:
                 text = f.read(longest + 1)
         else:
-            text = start
+            text = as_typed(start)
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
         fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; type --start=FILE:path for a '
              f'shorter one')
     return text
+
+
+def _read_stdin(longest):
+    """Return at most `longest` characters of standard input, which is UTF-8 in any locale."""
+    if not hasattr(sys.stdin, 'buffer'):   # replaced by a stream of text
+        return sys.stdin.read(longest).removeprefix('\ufeff')
+    decoded = io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8-sig', newline='')
+    try:
+        return decoded.read(longest)
+    finally:
+        decoded.detach()   # else collecting `decoded` would close standard input
 
 
 # ---- reading data --------------------------------------------------------------------------------------------------

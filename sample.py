@@ -18,7 +18,7 @@ import checkpoint as checkpoints
 import decoding
 import runtime
 from configurator import check, configure, fail
-from data import read_prompt, with_split
+from data import as_typed, read_prompt, with_split
 from model import chances, check_sampling
 from runtime import say
 
@@ -57,6 +57,7 @@ model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, 
 block_size = model.config.block_size
 
 prompt = read_prompt(start)
+stop = as_typed(stop)
 ids = tokenizer.encode(prompt or tokenizer.opening)
 idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
 

@@ -1,11 +1,15 @@
 """sample.py on a tiny trained model. pytest tests/test_sample.py"""
+import io
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import TEXT
 
 import checkpoint
+from data import CharTokenizer, as_typed, read_prompt
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -71,6 +75,59 @@ def test_prompt_from_file_and_stdin(sample, folder):
     typed = sample('--start=is 12,\n', '--max_new_tokens=20').out
     assert sample('--start=FILE:p.txt', '--max_new_tokens=20').out == typed
     assert sample('--start', '-', '--max_new_tokens=20', stdin='is 12,\n').out == typed
+
+
+@pytest.mark.parametrize('encoding, newline', [('utf-8', None), ('ascii', None), ('cp1252', '')])
+def test_line_ends_are_kept(folder, monkeypatch, encoding, newline):
+    """The same bytes are the same text, from a file and from standard input, in any locale."""
+    text = '\ufeffso\r\n3 times\rß 😀\n'.encode()
+    (folder / 'p.txt').write_bytes(text)
+    stdin = io.TextIOWrapper(io.BytesIO(text), encoding=encoding, errors='surrogateescape', newline=newline)
+    monkeypatch.setattr('sys.stdin', stdin)
+    assert read_prompt('-') == 'so\r\n3 times\rß 😀\n' == read_prompt('FILE:p.txt')
+    assert not stdin.buffer.closed
+
+
+def test_a_prompt_that_is_not_utf8(folder, monkeypatch, capsys):
+    """It is refused in one line, and so is one that is too long, wherever it comes from."""
+    for text, words in ((b'caf\xe9', 'take text in UTF-8'), ('ßa'.encode() * 3, 'more than 5 characters')):
+        (folder / 'p.txt').write_bytes(text)
+        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(text), encoding='ascii'))
+        for start in ('-', 'FILE:p.txt'):
+            with pytest.raises(SystemExit) as stop:
+                read_prompt(start, longest=5)
+            line = capsys.readouterr().err
+            assert stop.value.code == 2 and words in line and line.count('\n') == 1
+
+
+def test_what_is_typed_in_a_locale_of_ascii(folder, process, refused):
+    """A prompt is the text that was typed, and a character that the model lacks is named."""
+    tokenizer = CharTokenizer('naïve 😀')
+    V = tokenizer.vocab_size
+    model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save('c.pt', dict(format=1, model=model.state_dict(), tokenizer=tokenizer.state(),
+                                 model_args=asdict(model.config)))
+    flags = ['sample.py', '--checkpoint=c.pt', '--device=cpu', '--max_new_tokens=20']
+    ascii = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    done = process(*flags, '--start=naïve 😀', '--stop=😀', env=ascii, text=False)
+    text = done.stdout.decode()
+    assert done.returncode == 0 and text.startswith('naïve 😀'), done.stderr
+    assert '😀' not in text.removeprefix('naïve 😀') and len(text) < 28   # 20 tokens without `stop`
+    typed = '🎉'.encode().decode('ascii', 'surrogateescape')
+    refused(*flags, f'--start={typed}', words=["'🎉'", 'vocabulary'])
+
+
+def test_text_as_typed():
+    assert as_typed('😀'.encode().decode('ascii', 'surrogateescape')) == '😀' == as_typed('😀')
+    for text in ('\udcff', '\ud83d', 'a\udcc3b'):   # what was no text stays what it was
+        assert as_typed(text) == text
+
+
+def test_a_prompt_from_the_home_folder(sample, folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setenv('USERPROFILE', str(folder))
+    (folder / 'p.txt').write_text('so 3')
+    assert sample('--start=FILE:~/p.txt', '--max_new_tokens=0').out == 'so 3\n'
 
 
 def test_stop(sample):
