@@ -416,8 +416,41 @@ def check_symbols(data, path, symbols):
     other = tokenizer not in (None, data.tokenizer.state())
     if other or type(vocab_size) is int and (vocab_size < data.vocab_size or vocab_size > data.vocab_size and not tokenizer
                                              and not padded):
-        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({vocab_size} and {data.vocab_size} '
-             f'symbols); type --dataset=NAME for one with the same')
+        difference = f'{vocab_size} and {data.vocab_size} symbols'
+        kind = tokenizer['kind'] if tokenizer else None
+        if kind == data.tokenizer.state()['kind'] == 'char':
+            difference = different_characters(tokenizer['chars'], data.tokenizer.chars)
+        fail(f'{path} was trained with another tokenizer than that of {data.folder}: {difference}; '
+             f'{advice_for_symbols(path, kind)}')
+
+
+def different_characters(known, needed):
+    """Say which of the characters `needed` by a dataset are not among those `known` to a model."""
+    lacking = [char for char in needed if char not in known]
+    if not lacking:
+        return 'it knows all characters of that dataset, but numbers them differently'
+    shown = ', '.join(map(repr, lacking[:20]))
+    if len(lacking) > 20:
+        shown += ', ...'
+    return f'it lacks {len(lacking)} of its characters: {shown}'
+
+
+def advice_for_symbols(path, kind):
+    """Return what to type for a dataset with the tokenizer of the model in path.
+
+    kind: the tokenizer's, None where it is not known."""
+    if kind in ('byte', 'gpt2'):
+        made_by = kind
+    elif kind and os.path.isfile(path):
+        made_by = shlex.quote(f'FROM:{path}')
+    elif kind == 'char':
+        return 'type --dataset=NAME for one with the same characters'
+    else:
+        return 'type --dataset=NAME for one with the same'
+    return (f'type --dataset=NAME for one with the same, which python prepare_text.py --input=FILE '
+            f'--name=NAME --tokenizer={made_by} makes')
+
+
 
 
 def find_tokenizer(loaded, path, model, data_dir):

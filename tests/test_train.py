@@ -632,6 +632,30 @@ def test_resume_on_another_vocabulary(mini, script, refused):
     assert open('out/last.pt', 'rb').read() == before
 
 
+def test_characters_that_a_model_lacks_are_named(mini, script, refused):
+    """The first 20 of them, and how many there are; or that they are only numbered differently."""
+    from data import CharTokenizer, write_dataset
+    assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
+    greek = ''.join(map(chr, range(0x3b1, 0x3ca)))
+    texts = dict(accents='was für ein Ärger', greek=f'the miller {greek}', fewer='the miller said')
+    for name, text in texts.items():
+        tokenizer = CharTokenizer(text)
+        splits = {split: [(tokenizer.encode(text * 50), len(text))] for split in ('train', 'val')}
+        source = dict(name=name, url=None, sha256='', stand_in=False)
+        write_dataset(f'data/{name}', splits, tokenizer, source)
+    advice = ['--dataset=NAME', 'python prepare_text.py --input=FILE --name=NAME ',
+              "--tokenizer='FROM:o p/last.pt'"]
+    flags = [*TINY, '--out_dir=o p', '--init_from=resume']
+    words = ['o p/last.pt', 'data/accents', "lacks 4 of its characters: 'g', 'n', 'Ä', 'ü';"] + advice
+    refused('train.py', *flags, '--dataset=accents', words=words)
+    words = ["lacks 25 of its characters: 'α', ", "'τ', ...;", *advice]
+    line = refused('train.py', *flags, '--dataset=greek', words=words)
+    assert "'υ'" not in line
+    words = ['numbers them differently', *advice]
+    line = refused('train.py', *flags, '--dataset=fewer', words=words)
+    assert 'lacks' not in line
+
+
 def test_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
     script('train.py', *TINY, '--max_iters=2')
     meta = json.load(open('data/mini/meta.json'))
