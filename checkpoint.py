@@ -30,7 +30,7 @@ import torch
 import runtime
 from configurator import checked, fail
 from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
-from model import GPT, GPTConfig, fetch_pretrained
+from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
 from plots import read_log
 from runtime import say
 
@@ -326,12 +326,18 @@ def build_model(loaded, path, **overrides):
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
 
 
-def from_hub(name, **fields):
-    """(model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder; tokenizer is None where the folder has none."""
+def from_hub(name, most_positions=None, **fields):
+    """Return (model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder.
+
+    tokenizer is None where the folder has none. most_positions: a
+    longer context is cut to this. fields: GPTConfig's, such as dropout."""
     try:
         if name in ('', 'scratch') or not os.path.isdir(name) and (name[0] in './~' or name.count('/') > 1):
             raise ValueError('there is no such folder')
         folder = fetch_pretrained(name)
+        positions = read_hf_config(folder)['n_positions']
+        if most_positions is not None and type(positions) is int and positions > most_positions:
+            fields['block_size'] = most_positions
         model, tokenizer = GPT.from_pretrained(folder, **fields), read_hf_tokenizer(folder)
     except ImportError as error:
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
@@ -388,8 +394,12 @@ def starting_point(knobs, given):
         args, tokenizer = resumed['model_args'], resumed.get('tokenizer')
     else:
         path = knobs['init_from']
-        pretrained, tokenizer = from_hub(path, **training,
-                                         block_size=knobs['block_size'] if 'block_size' in given else None)
+        asked = knobs['block_size'] if 'block_size' in given else None
+        pretrained, tokenizer = from_hub(path, asked, **training)
+        has = pretrained.config.block_size
+        if asked is not None and asked > has:
+            say(f'note: {path} has block_size={has}: windows of {has} tokens instead of {asked}')
+            knobs['block_size'] = has
         args, tokenizer = asdict(pretrained.config), tokenizer and tokenizer.state()
     for key in (field.name for field in fields(GPTConfig) if field.name in knobs and field.name not in TRAINING):
         had = checked(key, args.get(key, knobs[key]), knobs[key], f'{path}: {key}')

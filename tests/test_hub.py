@@ -307,9 +307,47 @@ def test_fine_tuning(mini, script, refused):
     assert script('train.py', '--init_from=resume', '--max_iters=6', '--device=cpu').code == 0
     assert json.load(open('out/config.json'))['n_layer'] == 5
     refused('train.py', *common, '--n_layer=3', words=['n_layer=3', 'n_layer=5'])
-    refused('train.py', *common[:-2], '--block_size=65', words=['block_size=65', '64 positions'])
     hf_model().save_pretrained('larger')
     refused('train.py', '--init_from=larger', *common[1:], words=['another tokenizer', '1003'])
+
+
+def test_fine_tuning_ones_own_export(trained, mini, script, refused):
+    """A config that asks for more context than the model has gets the model's."""
+    assert script('export_hf.py', f'--out_dir={trained}', '--to=out-hf').code == 0
+    Path('more.py').write_text("init_from = 'gpt2'\ndataset = 'mini'\nblock_size = 256\n"
+                               "out_dir = 'out-more'\nmax_iters = 2\n")
+    flags = ['more.py', '--init_from=out-hf', '--device=cpu', '--eval_iters=1', '--batch_size=2',
+             '--gradient_accumulation_steps=1']
+    result = script('train.py', *flags)
+    assert result.code == 0 and 'done: 2 steps' in result.err, result.err
+    note = 'note: out-hf has block_size=16: windows of 16 tokens instead of 256\n'
+    assert result.err.count(note) == 1
+    assert checkpoint.load('out-more/last.pt')['model_args']['block_size'] == 16
+    assert json.load(open('out-more/config.json'))['block_size'] == 16
+    # data of another tokenizer: the advice makes data that the model can be trained on
+    tokenizer = data.ByteTokenizer()
+    splits = {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}
+    source = dict(name='bytes', url=None, sha256='', stand_in=False)
+    data.write_dataset('data/bytes', splits, tokenizer, source)
+    words = ['out-hf', 'another tokenizer', 'same characters']
+    line = refused('train.py', *flags, '--dataset=bytes', words=words)
+    assert 'FROM:' not in line   # which takes a checkpoint file
+    assert checkpoint.load('out-more/last.pt')['iter_num'] == 2
+
+
+def test_advice_for_an_export_of_bytes(mini, script, refused):
+    """Followed, it leads to a run."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save('a.pt', dict(format=1, model=model.state_dict(), tokenizer=dict(kind='byte'),
+                                 model_args=asdict(model.config)))
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=out-hf').code == 0
+    flags = ['--init_from=out-hf', '--device=cpu', '--eval_iters=1', '--batch_size=2',
+             '--gradient_accumulation_steps=1', '--max_iters=1']
+    refused('train.py', *flags, '--dataset=mini',
+            words=['--dataset=NAME', 'prepare_text.py --input=FILE --name=NAME --tokenizer=byte'])
+    Path('text.txt').write_text(TEXT)
+    made = script('prepare_text.py', '--input=text.txt', '--name=mine', '--tokenizer=byte')
+    assert made.code == 0 and script('train.py', *flags, '--dataset=mine').code == 0
 
 
 @pytest.mark.parametrize('name, parameters', [('train_gpt2', 124_439_808), ('train_gpt2_nobias', 124_412_160),
