@@ -39,6 +39,8 @@ SEAL_SIZE = len(SEAL) + 64
 TRAINING = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')   # what a finished model is without
 # what a resumed run does not take over: it is of the machine and of the command typed; prepare would run what a file says
 MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')
+# the hub's GPT-2s, whose names have no owner
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
 OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
 
@@ -326,11 +328,34 @@ def build_model(loaded, path, **overrides):
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
 
 
-def from_hub(name, most_positions=None, **fields):
+def check_near_names(name, words):
+    """Fails for a name that is neither a folder nor known, but close to one that is allowed.
+
+    words: what init_from may be besides names."""
+    allowed = (*words, *HUB_NAMES)
+    if '/' in name or os.path.isdir(name) or name in allowed:
+        return
+    near = get_close_matches(name, allowed, n=1, cutoff=0.7)
+    if near:
+        fail(f'init_from={name}: there is no such folder; did you mean {near[0]}? '
+             f'type --init_from={near[0]}')
+
+
+def is_out_of_reach(error):
+    """Return whether huggingface_hub raised `error` for lack of a network and of cached files."""
+    try:
+        from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        return False
+    return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+
+
+def from_hub(name, words=('resume',), most_positions=None, **fields):
     """Return (model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder.
 
-    tokenizer is None where the folder has none. most_positions: a
+    tokenizer is None where the folder has none. words: see check_near_names. most_positions: a
     longer context is cut to this. fields: GPTConfig's, such as dropout."""
+    check_near_names(name, words)
     try:
         if name in ('', 'scratch') or not os.path.isdir(name) and (name[0] in './~' or name.count('/') > 1):
             raise ValueError('there is no such folder')
@@ -342,6 +367,10 @@ def from_hub(name, most_positions=None, **fields):
     except ImportError as error:
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
     except (OSError, ValueError) as error:
+        if is_out_of_reach(error):
+            fail(f'init_from={name}: huggingface.co cannot be reached, and {name} is not in the '
+                 f'local cache; allowed are a network once, and a folder with config.json and '
+                 f'model.safetensors; type --init_from=FOLDER')
         reason = ' '.join(str(error).split())[:400]
         near = (get_close_matches(name, ('resume', 'scratch', 'gpt2'), 1) or ['gpt2'])[0]
         fail(f'init_from={name}: {reason}; allowed are resume, scratch (train.py), gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
@@ -395,7 +424,7 @@ def starting_point(knobs, given):
     else:
         path = knobs['init_from']
         asked = knobs['block_size'] if 'block_size' in given else None
-        pretrained, tokenizer = from_hub(path, asked, **training)
+        pretrained, tokenizer = from_hub(path, ('resume', 'scratch'), asked, **training)
         has = pretrained.config.block_size
         if asked is not None and asked > has:
             say(f'note: {path} has block_size={has}: windows of {has} tokens instead of {asked}')

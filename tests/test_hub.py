@@ -203,6 +203,34 @@ def test_name_that_does_not_exist(mini, refused, monkeypatch):
             refused(script, f'--init_from={name}', words=['init_from', name])
 
 
+def test_a_name_that_was_nearly_typed(mini, refused, monkeypatch):
+    """A short line at once: neither the hub is asked nor explained."""
+    monkeypatch.setattr('checkpoint.fetch_pretrained', None)
+    for script in ('train.py', 'sample.py', 'evaluate.py', 'analyze.py', 'export_hf.py'):
+        to = ['--to=new'] * (script == 'export_hf.py')
+        nearly = dict(resum='resume', distillgpt2='distilgpt2') | {'gpt2-larg': 'gpt2-large'}
+        for typed, meant in nearly.items():
+            words = [typed, f'did you mean {meant}?', f'type --init_from={meant}']
+            line = refused(script, f'--init_from={typed}', *to, words=words)
+            assert len(line) < 120, line
+    refused('train.py', '--init_from=scrach', words=['type --init_from=scratch'])
+
+
+def test_a_name_on_the_hub_without_a_network(folder, refused, process, monkeypatch):
+    """Neither a hub out of reach nor offline mode gives more than a short line."""
+    import huggingface_hub.constants
+    reach = dict(HF_HOME=str(folder / 'hf'), HF_ENDPOINT='http://127.0.0.1:9')
+    lines = [process('sample.py', '--init_from=someone/nobody', env=reach).stderr.strip()]
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(folder / 'hub'))
+    lines.append(refused('train.py', '--init_from=someone/nobody', '--device=cpu'))
+    for line in lines:
+        assert '\n' not in line and len(line) < 300, line
+        for words in ('error: init_from=someone/nobody: ', 'cannot be reached',
+                      'not in the local cache', 'model.safetensors', 'type --init_from=FOLDER'):
+            assert words in line, line
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['gpt2', 'byte', 'char'])

@@ -471,7 +471,7 @@ def test_main_config_on_gpu_is_nanogpts(folder):
     (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps=0']), (['--max_iters=-1'], ['max_iters=-1']),
     (['--learning_rate=-1'], ['learning_rate=-1']), (['--seed=-5'], ['seed=-5']), (['--seed=' + '9' * 25], ['seed=']),
     (['--optimizer=sgd'], ['adamw, muon']), (['--pos=sin'], ['learned, rope, none']), (['--dropout=1'], ['dropout=1', 'below 1']),
-    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'scratch']),
+    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'mean gpt2']),
     (['--n_embd=1000000007'], ['n_embd=1000000007']), (['--n_embd=1000000', '--n_head=1'], ['GiB', '--n_embd']),
     (['--n_layer=' + '9' * 30], ['n_layer']), (['--batch_size=' + '9' * 15], ['GiB', '--batch_size']),
     (['--init_from=resume', '--out_dir=empty'], ['no checkpoint', 'empty/last.pt'])])
