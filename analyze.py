@@ -30,13 +30,13 @@ import inside
 import plots
 import runtime
 from configurator import check, configure, exit_on_signals, fail
-from data import open_dataset, read_prompt, with_split
+from data import open_first, read_prompt, with_split
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run; the pictures go into its folder analysis
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
-data_dir = 'data'        # where datasets live
+data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
 dataset = ''             # whose validation split to use; empty: the one the run was trained on
 start = ''               # the text, FILE:path, - (standard input), or VAL:1000: the validation split from its token 1,000 on
 tokens = 256             # of the text, at most
@@ -57,7 +57,10 @@ ABLATION_FLOPS = 1.2e12, 1.3e13   # what taking heads out may cost: usually, and
 check(knobs, tokens=2)
 if windows != 'auto' and not (type(windows) is int and windows >= 2):
     fail(f'windows={windows!r}: allowed are auto, and whole numbers from 2; type --windows=auto')
-model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
+model = opened.model
+tokenizer = opened.tokenizer
+where = opened.where
 config = model.config
 if config.n_layer == 0 or config.block_size < 2:
     fail(f'{where} has n_layer={config.n_layer}, block_size={config.block_size}: nothing in it looks from one token at '
@@ -66,12 +69,13 @@ try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
     fail(str(error))
+why_not = ''   # the reason for having no data
 if dataset:
-    data = open_dataset(dataset, data_dir, needs=('val',))
-    checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
+    data = open_first(dataset, opened.data_dirs, 'val', tokenizer)
+    checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
 else:
-    dataset = str(its_knobs.get('dataset', ''))
-    data = with_split(dataset, tokenizer, data_dir)
+    dataset = opened.dataset
+    data, why_not = with_split(dataset, tokenizer, opened.data_dirs)
 if data and data.stand_in_banner():
     say(data.stand_in_banner())
 
@@ -91,7 +95,8 @@ def text_of(token):
 most = min(tokens, config.block_size, math.isqrt(HELD_BYTES // (4 * L * nh)))
 if start == '' or start.startswith('VAL:'):
     if data is None:
-        fail('no validation split here to take a text from; type --start=TEXT, or --dataset=NAME')
+        fail(f'no validation split to take a text from: {why_not}; type --start=TEXT, '
+             f'--data_dir=FOLDER for the folder that holds its dataset, or --dataset=NAME')
     split, first = data.split('val')[0], start[4:] or '0'
     if not first.isdecimal() or len(first) > 18 or int(first) > len(split) - 2:
         fail(f'start={start[:40]!r}: VAL: takes a token from 0 to {len(split) - 2}; type --start=VAL:0')
@@ -160,7 +165,8 @@ else:
     length = max(1, min(T - 1, 64, (T - 1) // 2 if T > 16 else T - 1))
     x, y = cut(idx[0].numpy(), length, max(1, (T - 1) // length))
     measured_on = f'{len(x)} window{"s" * (len(x) > 1)} of {length} tokens of this text'
-    note('No validation split here: what heads are worth was measured on the text itself; type --dataset=NAME for one.')
+    note(f'No validation split here ({why_not}): what heads are worth was measured on the text '
+         f'itself; type --data_dir=FOLDER for the one that holds its dataset, or --dataset=NAME.')
 base, without = inside.head_ablation(
     model, x, y, lambda layers: tqdm(layers, desc='taking out heads', leave=False, disable=None))
 for row in heads:

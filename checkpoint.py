@@ -10,6 +10,7 @@ The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 o
 """
 import contextlib
 import csv
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -21,7 +22,7 @@ import platform
 import shlex
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 
 import numpy
@@ -328,6 +329,17 @@ def build_model(loaded, path, **overrides):
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
 
 
+@dataclass
+class Opened:
+    """A model that a script uses, and what is known about it."""
+    model: GPT          # on the CPU
+    tokenizer: object   # one of data.py's
+    source: str         # the checkpoint file, or what init_from named
+    where: str          # the source in words, with a checkpoint's step
+    dataset: str        # the dataset it was trained on; '' where that is not known
+    data_dirs: list     # the folders that may hold its dataset, in the order to look
+
+
 def check_near_names(name, words):
     """Fails for a name that is neither a folder nor known, but close to one that is allowed.
 
@@ -383,14 +395,39 @@ def from_hub(name, words=('resume',), most_positions=None, **fields):
     return model, tokenizer
 
 
-def open_model(init_from, out_dir, checkpoint, data_dir):
-    """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
-    init_from='resume' takes the checkpoint named, or the best in out_dir that was trained; anything else is from_hub's."""
+def data_dirs_of(knobs, path, data_dir, given):
+    """Return the folders that may hold the dataset of a run, in the order to look.
+
+    knobs: the run's. path: the run's checkpoint file. data_dir: the script's knob. given: the knobs
+    that were typed; a data_dir that was typed is the only folder. A relative data_dir of the run is
+    also tried from the folder that out_dir was in, from the run's folder, and from its parent."""
+    if 'data_dir' in given:
+        return [data_dir]
+    known = knobs.get('data_dir', data_dir)
+    if not isinstance(known, str) or '\0' in known:
+        known = data_dir
+    run = os.path.dirname(os.path.abspath(path))
+    starts = [os.getcwd()]
+    was = knobs.get('out_dir')
+    if isinstance(was, str) and run.endswith(os.sep + os.path.normpath(was)):
+        starts.append(run.removesuffix(os.sep + os.path.normpath(was)))
+    starts += [run, os.path.dirname(run)]
+    folders = [os.path.abspath(os.path.join(start, known)) for start in starts]
+    folders.append(os.path.abspath(data_dir))
+    here = os.path.join(os.getcwd(), '')
+    return [folder.removeprefix(here) for folder in dict.fromkeys(folders)]
+
+
+def open_model(init_from, out_dir, checkpoint, data_dir, given):
+    """Return a script's model as an Opened.
+
+    init_from='resume' takes the checkpoint named, or the best in out_dir that was trained; anything
+    else is from_hub's. given: the knobs that were typed, as configure returns them."""
     if init_from != 'resume':
         model, tokenizer = from_hub(init_from, dropout=0.0)
         if tokenizer is None:
             fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
-        return model, tokenizer, init_from, {}
+        return Opened(model, tokenizer, init_from, init_from, '', [data_dir])
     path = find(out_dir, checkpoint)
     loaded, last = load(path), os.path.join(out_dir, 'last.pt')
     if not checkpoint and path != last and loaded.get('iter_num') == 0 and os.path.isfile(last):
@@ -400,7 +437,10 @@ def open_model(init_from, out_dir, checkpoint, data_dir):
                 loaded, path = trained, last
     model = build_model(loaded, path)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
-    return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs
+    data_dirs = data_dirs_of(knobs, path, data_dir, given)
+    tokenizer = find_tokenizer(loaded, path, model, data_dirs)
+    where = f'{path}: iter {loaded.get("iter_num")}'
+    return Opened(model, tokenizer, path, where, str(knobs.get('dataset', '')), data_dirs)
 
 
 def starting_point(knobs, given):
@@ -490,10 +530,25 @@ def advice_for_symbols(path, kind):
             f'--name=NAME --tokenizer={made_by} makes')
 
 
+def dataset_folder(name, data_dirs):
+    """Return the first of data_dirs in which a dataset's folder holds a vocabulary or tokens.
+
+    Where none holds them, return the first that has the folder, or None."""
+    empty = None
+    for data_dir in data_dirs:
+        folder, _ = find_dataset(name, data_dir)
+        for pattern in ('meta.*', '*.bin'):
+            if glob.glob(os.path.join(glob.escape(folder), pattern)):
+                return data_dir
+        if empty is None and os.path.isdir(folder):
+            empty = data_dir
+    return empty
 
 
-def find_tokenizer(loaded, path, model, data_dir):
-    """The tokenizer in a checkpoint; for one by nanoGPT, that of the dataset its config names. model draws from its symbols."""
+def find_tokenizer(loaded, path, model, data_dirs):
+    """Return the tokenizer in a checkpoint; for one by nanoGPT, that of the dataset in its config.
+
+    model draws from the tokenizer's symbols from then on. data_dirs: where that dataset may be."""
     if 'tokenizer' in loaded:
         try:
             tokenizer = load_tokenizer(loaded['tokenizer'])
@@ -502,10 +557,11 @@ def find_tokenizer(loaded, path, model, data_dir):
     else:
         config = loaded.get('config')
         name = str(config.get('dataset', '')) if isinstance(config, dict) else ''
-        folder = find_dataset(name, data_dir)[0] if name else os.path.join(data_dir, '?')   # no name that is a path
-        if not os.path.isdir(folder):
-            fail(f'{path} has no tokenizer and the folder of its dataset, {folder}, is not there; type --data_dir=FOLDER for '
-                 f'the one that holds {name or "its dataset"}')
+        data_dir = dataset_folder(name, data_dirs) if name else None
+        if data_dir is None:
+            folders = ' or '.join(os.path.join(data_dir, name or '?') for data_dir in data_dirs)
+            fail(f'{path} has no tokenizer and the folder of its dataset, {folders}, is not there; '
+                 f'type --data_dir=FOLDER for the one that holds {name or "its dataset"}')
         tokenizer = Dataset(name, data_dir).tokenizer
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f'{path}: its tokenizer has {tokenizer.vocab_size:,} symbols and its model {model.config.vocab_size:,}; type '

@@ -558,14 +558,46 @@ def _missing(name, data_dir, needs=('train', 'val'), why=''):
             f'{how_to_make(name, data_dir=data_dir)}')
 
 
+def first_with(name, data_dirs, split):
+    """Return the first of data_dirs in which the dataset of that name has the split, or None."""
+    for data_dir in data_dirs:
+        if find_dataset(name, data_dir, needs=(split,))[1]:
+            return data_dir
+    return None
 
 
-def with_split(name, tokenizer, data_dir, split='val'):
-    """The dataset of that name, if its split is there and its tokenizer is this one, else None."""
-    if not name or not find_dataset(name, data_dir, needs=(split,))[1]:
-        return None
+def not_found(name, data_dirs, split):
+    """Say that none of data_dirs has that split of a dataset."""
+    folders = [os.path.join(data_dir, name) for data_dir in data_dirs]
+    return f'no {split}.bin of {name} in {" or ".join(folders)}'
+
+
+def open_first(name, data_dirs, split, tokenizer):
+    """Return the Dataset of that name from the first of data_dirs that has the split.
+
+    Fails where none has it. tokenizer: the model's, whose kind a dataset made anew should have."""
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        make = how_to_make(name, tokenizer.state()['kind'], data_dirs[0])
+        fail(f'{not_found(name, data_dirs, split)}; type --data_dir=FOLDER for the folder that '
+             f'holds {name}, or make it first: {make}')
+    return Dataset(name, data_dir)
+
+
+def with_split(name, tokenizer, data_dirs, split='val'):
+    """Return (the Dataset of that name from the first of data_dirs that has the split, '').
+
+    Return (None, the reason) where none has it, where the dataset's tokenizer is another than
+    `tokenizer`, and where the name is empty."""
+    if not name:
+        return None, 'the dataset it was trained on is not known'
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        return None, not_found(name, data_dirs, split)
     data = Dataset(name, data_dir)
-    return data if data.tokenizer.state() == tokenizer.state() else None
+    if data.tokenizer.state() != tokenizer.state():
+        return None, f'{data.folder} has another tokenizer than the model'
+    return data, ''
 
 
 def prepare_missing(name, data_dir, prepare):

@@ -183,6 +183,16 @@ def gpt2_files(monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
 
 
+def rewrite(path, tokenizer=None, **knobs):
+    """Change what a checkpoint file says about its run: the knobs, and the tokenizer's state."""
+    import checkpoint
+    loaded = checkpoint.load(str(path))
+    loaded['config'] = loaded['config'] | knobs
+    if tokenizer:
+        loaded['tokenizer'] = tokenizer
+    checkpoint.save(str(path), loaded)
+
+
 def read_log(path):
     import csv
     with open(path, newline='') as f:

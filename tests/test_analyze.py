@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import PYTHON, ROOT
+from conftest import PYTHON, ROOT, TEXT, rewrite
 
 FILES = {'attention.npz', 'attention.png', 'depth_scan.csv', 'depth_scan.png', 'embeddings.png', 'gradients.csv', 'gradients.png',
          'head.png', 'head_ablation.csv', 'head_ablation.png', 'losses.png', 'report.html'}
@@ -64,7 +64,7 @@ def test_the_interval_is_students(script, run):
     import inside
     from checkpoint import open_model
     script('analyze.py', '--device=cpu', '--windows=4')
-    model, *_ = open_model('resume', 'out', '', 'data')
+    model = open_model('resume', 'out', '', 'data', given=set()).model
     split = np.fromfile('data/mini/val.bin', dtype='<u2').astype(np.int64)
     starts = np.linspace(0, len(split) - 17, 4).astype(int)
     rows = torch.from_numpy(np.stack([split[s:s + 17] for s in starts]))
@@ -143,6 +143,24 @@ def test_without_a_validation_split(script, run):
     result = script('analyze.py', '--device=cpu', '--start=FILE:text.txt')
     assert result.code == 0 and 'measured on the text itself' in result.err
     assert report_of(run / 'out/analysis/report.html')['tokens'] == list('the miller said')
+
+
+def test_a_run_knows_its_data_dir(script, run):
+    os.rename('data', 'elsewhere')
+    rewrite('out/best.pt', data_dir='elsewhere')
+    result = script('analyze.py', '--device=cpu', '--windows=2')
+    assert result.code == 0 and 'note:' not in result.err, result.err
+
+
+def test_a_dataset_of_another_tokenizer_is_named(script, refused, run):
+    from data import ByteTokenizer, write_dataset
+    tokenizer = ByteTokenizer()
+    write_dataset('data/mini', dict(val=[(tokenizer.encode(TEXT), len(TEXT))]), tokenizer,
+                  dict(name='mini', url=None, sha256='', stand_in=False))
+    result = script('analyze.py', '--device=cpu', '--start=the miller')
+    for words in ('measured on the text itself', 'data/mini has another tokenizer'):
+        assert words in result.err
+    refused('analyze.py', '--device=cpu', words=['data/mini has another tokenizer', '--start=TEXT'])
 
 
 def changed(run, monkeypatch, old, new):

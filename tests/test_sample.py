@@ -28,7 +28,7 @@ def test_greedy_text_is_the_argmax(sample, trained):
     """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     net = checkpoint.build_model(loaded, '').eval()
-    tokenizer = checkpoint.find_tokenizer(loaded, '', net, 'data')
+    tokenizer = checkpoint.find_tokenizer(loaded, '', net, ['data'])
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
@@ -176,7 +176,16 @@ def test_int8_beside_another_dataset_of_that_name(sample, folder):
     write_dataset('data/mini', {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}, tokenizer,
                   dict(name='mini', url=None, sha256='', stand_in=False))
     result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
-    assert result.code == 0 and 'no validation split' in result.err
+    assert result.code == 0 and 'data/mini has another tokenizer' in result.err
+
+
+def test_int8_is_measured_where_the_run_knows_its_data(sample, trained, folder):
+    """The run lies elsewhere, and its data beside it."""
+    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
+    folder = trained.parent / 'data/mini'
+    assert result.code == 0 and f'validation split of {folder}' in result.err, result.err
+    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4', '--data_dir=nowhere')
+    assert result.code == 0 and 'no val.bin of mini in nowhere/mini' in result.err, result.err
 
 
 def test_stdout_that_cannot_be_written(process, trained, folder):
