@@ -9,6 +9,7 @@ Look inside a model: what each head attends to, what it is worth, and where the 
 Reads a checkpoint, or Hugging Face's weights, and, where there is one, the validation split it was trained beside. Writes into
 <out_dir>/analysis: report.html (everything, in one page that needs nothing else), attention.png, head.png, depth_scan.png and
 .csv, head_ablation.png and .csv, losses.png, embeddings.png, gradients.png and .csv, attention.npz. Findings go to stdout.
+--to=FOLDER puts the pages elsewhere.
 """
 import base64
 import collections
@@ -34,7 +35,8 @@ from data import open_first, read_prompt, with_split
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
-out_dir = 'out'          # folder of the run; the pictures go into its folder analysis
+out_dir = 'out'          # folder of the run
+to = ''                  # folder for the pages; empty: <out_dir>/analysis
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
 data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
 dataset = ''             # whose validation split to use; empty: the one the run was trained on
@@ -113,10 +115,30 @@ if len(ids[:most]) < 2:
 idx = torch.from_numpy(np.array(ids[:most], dtype=np.int64))[None]                                # (1, T)
 T, words = idx.size(1), [text_of(token) for token in idx[0].tolist()]
 
+
+def cannot_be_written(error):
+    """Fail for the pages' folder."""
+    fail(f'{folder} cannot be written ({error.strerror}); make room, '
+         f'or type --to=FOLDER for another place')
+
+
+def open_place(folder):
+    """Return `folder`, or the one above if `folder` is not there yet; fails if it is read-only."""
+    place = folder if os.path.isdir(folder) else os.path.dirname(os.path.abspath(folder))
+    try:
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(0, 'it is a file')
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return place
+    except OSError as error:
+        cannot_be_written(error)
+
+
 runtime.set_up(device, 'float32', False)
 model.to(device).eval()
-folder = os.path.join(out_dir, 'analysis')
-checkpoints.open_folder(out_dir, 0)
+folder = to or os.path.join(out_dir, 'analysis')
+place = open_place(folder)
 say(f'{where}, {model.num_params():,} parameters; {T} tokens')
 
 # ---- attention: what each head looks at ------------------------------------------------------------------------------
@@ -300,7 +322,8 @@ def write_csv(file, rows):
 
 title = f'{where}, {T} tokens'
 try:
-    with tempfile.TemporaryDirectory(prefix='analysis-', dir=out_dir) as part:   # until all are written
+    # until all files are written
+    with tempfile.TemporaryDirectory(prefix='analysis-', dir=place) as part:
         np.savez_compressed(at('attention.npz'), weights=weights.numpy(), outputs=outputs.numpy(), tokens=idx[0].numpy(),
                             losses=losses.numpy())
         worth = ('layer', 'head', 'change', 'change_low', 'change_high')
@@ -331,6 +354,6 @@ try:
         for file in files:
             os.replace(at(file), os.path.join(folder, file))
 except OSError as error:
-    fail(f'{folder} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
+    cannot_be_written(error)
 runtime.write('\n'.join(findings) + '\n')
 say(f'{len(files)} files in {folder}; open {os.path.join(folder, "report.html")}')

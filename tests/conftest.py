@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and torchrun's ranks share the cores
 
+import ctypes
 import runpy
 import shlex
 import signal
@@ -133,6 +134,28 @@ def folder(tmp_path, monkeypatch):
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def modes_hold():
+    """Make folders' modes hold for root too: the test's thread gives up overriding them."""
+    if not hasattr(os, 'geteuid'):
+        pytest.skip('this system has no modes of folders')
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, 'capset'):
+        pytest.skip('root cannot give up overriding modes here')
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)   # the version of the interface; 0: this thread
+    sets = (ctypes.c_uint32 * 6)()   # effective, permitted, inheritable; then their higher 32 bits
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~0b110   # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = before
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.fixture

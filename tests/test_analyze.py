@@ -183,11 +183,36 @@ def test_more_attention_than_fits_is_cut(script, run, monkeypatch):
 def test_what_cannot_be_written_is_said(refused, run):
     """A folder in a file's place, a file in the folder's."""
     (run / 'out/analysis/gradients.png').mkdir(parents=True)
-    refused('analyze.py', '--device=cpu', '--start=the miller', words=['out/analysis', 'cannot be written', '--out_dir'])
+    refused('analyze.py', '--device=cpu', '--start=the miller', words=['out/analysis', 'cannot be written', '--to'])
     assert [path.name for path in (run / 'out/analysis').iterdir()] == ['gradients.png']
     assert not list((run / 'out').glob('analysis-*'))
     (run / 'file').write_text('')
-    refused('analyze.py', '--device=cpu', '--checkpoint=out/best.pt', '--out_dir=file', words=['file', '--out_dir'])
+    refused('analyze.py', '--device=cpu', '--checkpoint=out/best.pt', '--out_dir=file', words=['file', '--to=FOLDER'])
+    refused('analyze.py', '--device=cpu', '--to=file', words=['file', '--to=FOLDER'])
+
+
+def test_the_pages_go_where_to_says(script, run):
+    result = script('analyze.py', '--device=cpu', '--windows=2', '--to=deep/pages')
+    assert result.code == 0 and 'deep/pages/report.html' in result.err, result.err
+    assert set(os.listdir('deep/pages')) == FILES and os.listdir('deep') == ['pages']
+    assert not os.path.exists('out/analysis')
+    assert script('analyze.py', '--device=cpu', '--windows=2', '--to=deep/pages').code == 0
+
+
+def test_a_folder_that_is_read_only(script, refused, run, modes_hold):
+    """Found before the work is done; the advice can be followed; evaluating needs no writing."""
+    os.chmod('out', 0o555)
+    line = refused('analyze.py', '--device=cpu', words=['out/analysis', 'type --to=FOLDER'])
+    assert 'Permission denied' in line
+    result = script('analyze.py', '--device=cpu', '--windows=2', '--to=pages')
+    assert result.code == 0 and set(os.listdir('pages')) == FILES, result.err
+    os.chmod('pages', 0o555)
+    refused('analyze.py', '--device=cpu', '--to=pages', words=['pages cannot be written'])
+    result = script('train.py', '--init_from=resume', '--eval_only', '--device=cpu')
+    assert result.code == 0 and 'on the whole split' in result.err, result.err
+    refused('train.py', '--init_from=resume', '--device=cpu', words=['out_dir=out cannot be'])
+    os.chmod('out', 0o755)
+
 
 
 def test_long_contexts_are_shown_in_blocks(script, run, monkeypatch):

@@ -96,6 +96,14 @@ def test_max_iters_zero_and_eval_only(mini, script):
     assert before == (open('out/last.pt', 'rb').read(), open('out/log.csv').read())
 
 
+def test_eval_only_makes_no_folder(mini, script, trained):
+    result = script('export_hf.py', f'--out_dir={trained}', '--to=hf')
+    before = sorted(os.listdir())
+    result = script('train.py', *TINY, '--init_from=hf', '--eval_only')
+    assert result.code == 0 and 'on the whole split' in result.err, result.err
+    assert sorted(os.listdir()) == before
+
+
 @pytest.mark.processor
 @pytest.mark.parametrize('knobs', [dict(optimizer='muon'), dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
                                    dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False, tie_weights=False),
