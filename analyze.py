@@ -9,7 +9,8 @@ Look inside a model: what each head attends to, what it is worth, and where the 
 Reads a checkpoint, or Hugging Face's weights, and, where there is one, the validation split it was trained beside. Writes into
 <out_dir>/analysis: report.html (everything, in one page that needs nothing else), attention.png, head.png, depth_scan.png and
 .csv, head_ablation.png and .csv, losses.png, embeddings.png, gradients.png and .csv, attention.npz. Findings go to stdout.
---to=FOLDER puts the pages elsewhere.
+--to=FOLDER puts the pages elsewhere. Pages of --init_from=NAME go to <out_dir>/analysis-NAME,
+unless out_dir is typed and holds no checkpoint.
 """
 import base64
 import collections
@@ -116,6 +117,18 @@ idx = torch.from_numpy(np.array(ids[:most], dtype=np.int64))[None]              
 T, words = idx.size(1), [text_of(token) for token in idx[0].tolist()]
 
 
+def pages_folder():
+    """Return the folder for the pages. A pretrained model's do not replace those of a run."""
+    if to:
+        return to
+    checkpoints_there = [name for name in ('best.pt', 'last.pt', 'ckpt.pt')
+                         if os.path.exists(os.path.join(out_dir, name))]
+    if init_from != 'resume' and ('out_dir' not in given or checkpoints_there):
+        name = os.path.basename(os.path.abspath(init_from))
+        return os.path.join(out_dir, f'analysis-{name}')
+    return os.path.join(out_dir, 'analysis')
+
+
 def cannot_be_written(error):
     """Fail for the pages' folder."""
     fail(f'{folder} cannot be written ({error.strerror}); make room, '
@@ -137,7 +150,7 @@ def open_place(folder):
 
 runtime.set_up(device, 'float32', False)
 model.to(device).eval()
-folder = to or os.path.join(out_dir, 'analysis')
+folder = pages_folder()
 place = open_place(folder)
 say(f'{where}, {model.num_params():,} parameters; {T} tokens')
 

@@ -240,9 +240,17 @@ def test_a_gpt2_of_hugging_face(script, folder, gpt2_files):
     for name, content in data.hf_tokenizer_files(data.GPT2Tokenizer(), 32).items():
         (folder / 'tiny' / name).write_text(content if isinstance(content, str) else json.dumps(content))
     assert GPT2Config.from_pretrained('tiny').n_embd == 16
-    result = script('analyze.py', '--device=cpu', '--init_from=tiny', '--start=When Mary and John went to the store, John gave')
+    flags = ['--device=cpu', '--start=When Mary and John went to the store, John gave']
+    result = script('analyze.py', '--init_from=tiny', *flags)
     assert result.code == 0, result.err
-    assert report_of(folder / 'out/analysis/report.html')['tokens'][1] == ' Mary'
+    assert report_of(folder / 'out/analysis-tiny/report.html')['tokens'][1] == ' Mary'
+    assert 'out/analysis-tiny' in result.err and os.listdir('out') == ['analysis-tiny']
+    # a folder that was typed and holds no run is this model's own
+    flags += ['--init_from=./tiny/', '--out_dir=mine']
+    assert script('analyze.py', *flags).code == 0 and os.listdir('mine') == ['analysis']
+    (folder / 'mine/ckpt.pt').write_bytes(b'')
+    assert script('analyze.py', *flags).code == 0
+    assert sorted(os.listdir('mine')) == ['analysis', 'analysis-tiny', 'ckpt.pt']
 
 
 def test_a_checkpoint_of_nanogpt(script, mini):
