@@ -18,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import tempfile
@@ -63,7 +64,7 @@ if windows != 'auto' and not (type(windows) is int and windows >= 2):
 opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
 model = opened.model
 tokenizer = opened.tokenizer
-where = opened.where
+where = re.sub('[\ud800-\udfff]', '\ufffd', opened.where)   # a folder's name need not be UTF-8
 config = model.config
 if config.n_layer == 0 or config.block_size < 2:
     fail(f'{where} has n_layer={config.n_layer}, block_size={config.block_size}: nothing in it looks from one token at '

@@ -214,6 +214,20 @@ def test_a_folder_that_is_read_only(script, refused, run, modes_hold):
     os.chmod('out', 0o755)
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='names are not bytes there')
+def test_a_name_that_is_not_utf8(run):
+    """The page shows a replacement character for what cannot be read."""
+    name = b'out-\xff'
+    try:
+        os.rename('out', name)
+    except OSError:
+        pytest.skip('this file system takes no such name')
+    flags = [b'--out_dir=' + name, '--device=cpu', '--windows=2']
+    done = subprocess.run([PYTHON, str(ROOT / 'analyze.py'), *flags], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert {file.decode() for file in os.listdir(name + b'/analysis')} == FILES
+    page = run / os.fsdecode(name) / 'analysis/report.html'
+    assert 'out-\ufffd/best.pt' in report_of(page)['facts']
 
 def test_long_contexts_are_shown_in_blocks(script, run, monkeypatch):
     """The page gets blocks when all would be too much, rows still sum to 1; the arrays stay whole."""
