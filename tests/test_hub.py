@@ -473,6 +473,25 @@ def test_nanogpt_checkpoint(mini, script, prefix, bias):
     close(ours, transformers.AutoModelForCausalLM.from_pretrained('exported'), 1e-5)
 
 
+def test_nanogpt_vocabulary_beside_its_run(mini, script, refused):
+    """Its clone is elsewhere; a folder of that name without a vocabulary here is passed over."""
+    os.mkdir('clone')
+    os.rename('data', 'clone/data')
+    os.mkdir('clone/out')
+    os.makedirs('data/mini')
+    Path('data/mini/prepare.py').write_text('')
+    nanogpt_checkpoint('clone/out/ckpt.pt', vocab_size=data.Dataset('mini', 'clone/data').vocab_size)
+    flags = ['--out_dir=clone/out', '--device=cpu']
+    result = script('sample.py', *flags, '--start=the miller', '--max_new_tokens=3')
+    assert result.code == 0 and result.out.startswith('the miller'), result.err
+    assert script('export_hf.py', '--out_dir=clone/out', '--to=exported').code == 0
+    refused('sample.py', *flags, '--data_dir=typo', words=['typo/mini', 'type --data_dir=FOLDER'])
+    shutil.rmtree('clone/data')
+    os.remove('data/mini/prepare.py')
+    os.rmdir('data/mini')
+    refused('sample.py', *flags, words=['data/mini or clone/data/mini', 'type --data_dir=FOLDER'])
+
+
 def test_nanogpt_optimizer_is_matched_by_parameter(mini):
     """Its state lies in the order of its parameters; ours must be the same order."""
     theirs = nanogpt_checkpoint('ckpt.pt')
