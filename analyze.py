@@ -9,6 +9,8 @@ Look inside a model: what each head attends to, what it is worth, and where the 
 Reads a checkpoint, or Hugging Face's weights, and, where there is one, the validation split it was trained beside. Writes into
 <out_dir>/analysis: report.html (everything, in one page that needs nothing else), attention.png, head.png, depth_scan.png and
 .csv, head_ablation.png and .csv, losses.png, embeddings.png, gradients.png and .csv, attention.npz. Findings go to stdout.
+--to=FOLDER puts the pages elsewhere. Pages of --init_from=NAME go to <out_dir>/analysis-NAME,
+unless out_dir is typed and holds no checkpoint.
 """
 import base64
 import collections
@@ -16,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 import statistics
 import tempfile
 
@@ -29,13 +32,14 @@ import inside
 import plots
 import runtime
 from configurator import check, configure, exit_on_signals, fail
-from data import open_dataset, read_prompt, with_split
+from data import open_first, read_prompt, with_split
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
-out_dir = 'out'          # folder of the run; the pictures go into its folder analysis
+out_dir = 'out'          # folder of the run
+to = ''                  # folder for the pages; empty: <out_dir>/analysis
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
-data_dir = 'data'        # where datasets live
+data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
 dataset = ''             # whose validation split to use; empty: the one the run was trained on
 start = ''               # the text, FILE:path, - (standard input), or VAL:1000: the validation split from its token 1,000 on
 tokens = 256             # of the text, at most
@@ -54,7 +58,10 @@ ABLATION_FLOPS = 1.2e12, 1.3e13   # what taking heads out may cost: usually, and
 check(knobs, tokens=2)
 if windows != 'auto' and not (type(windows) is int and windows >= 2):
     fail(f'windows={windows!r}: allowed are auto, and whole numbers from 2; type --windows=auto')
-model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
+model = opened.model
+tokenizer = opened.tokenizer
+where = re.sub('[\ud800-\udfff]', '\ufffd', opened.where)   # a folder's name need not be UTF-8
 config = model.config
 if config.n_layer == 0 or config.block_size < 2:
     fail(f'{where} has n_layer={config.n_layer}, block_size={config.block_size}: nothing in it looks from one token at '
@@ -63,12 +70,13 @@ try:
     inside.check_heads(model, [(layer, head)])
 except ValueError as error:
     fail(str(error))
+why_not = ''   # the reason for having no data
 if dataset:
-    data = open_dataset(dataset, data_dir, needs=('val',))
-    checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
+    data = open_first(dataset, opened.data_dirs, 'val', tokenizer)
+    checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
 else:
-    dataset = str(its_knobs.get('dataset', ''))
-    data = with_split(dataset, tokenizer, data_dir)
+    dataset = opened.dataset
+    data, why_not = with_split(dataset, tokenizer, opened.data_dirs)
 if data and data.stand_in_banner():
     say(data.stand_in_banner())
 
@@ -88,7 +96,8 @@ def text_of(token):
 most = min(tokens, config.block_size, math.isqrt(HELD_BYTES // (4 * L * nh)))
 if start == '' or start.startswith('VAL:'):
     if data is None:
-        fail('no validation split here to take a text from; type --start=TEXT, or --dataset=NAME')
+        fail(f'no validation split to take a text from: {why_not}; type --start=TEXT, '
+             f'--data_dir=FOLDER for the folder that holds its dataset, or --dataset=NAME')
     split, first = data.split('val')[0], start[4:] or '0'
     if not first.isdecimal() or len(first) > 18 or int(first) > len(split) - 2:
         fail(f'start={start[:40]!r}: VAL: takes a token from 0 to {len(split) - 2}; type --start=VAL:0')
@@ -105,10 +114,42 @@ if len(ids[:most]) < 2:
 idx = torch.from_numpy(np.array(ids[:most], dtype=np.int64))[None]                                # (1, T)
 T, words = idx.size(1), [text_of(token) for token in idx[0].tolist()]
 
+
+def pages_folder():
+    """Return the folder for the pages. A pretrained model's do not replace those of a run."""
+    if to:
+        return to
+    checkpoints_there = [name for name in ('best.pt', 'last.pt', 'ckpt.pt')
+                         if os.path.exists(os.path.join(out_dir, name))]
+    if init_from != 'resume' and ('out_dir' not in given or checkpoints_there):
+        name = os.path.basename(os.path.abspath(init_from))
+        return os.path.join(out_dir, f'analysis-{name}')
+    return os.path.join(out_dir, 'analysis')
+
+
+def cannot_be_written(error):
+    """Fail for the pages' folder."""
+    fail(f'{folder} cannot be written ({error.strerror}); make room, '
+         f'or type --to=FOLDER for another place')
+
+
+def open_place(folder):
+    """Return `folder`, or the one above if `folder` is not there yet; fails if it is read-only."""
+    place = folder if os.path.isdir(folder) else os.path.dirname(os.path.abspath(folder))
+    try:
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(0, 'it is a file')
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return place
+    except OSError as error:
+        cannot_be_written(error)
+
+
 runtime.set_up(device, 'float32', False)
 model.to(device).eval()
-folder = os.path.join(out_dir, 'analysis')
-checkpoints.open_folder(out_dir, 0)
+folder = pages_folder()
+place = open_place(folder)
 say(f'{where}, {model.num_params():,} parameters; {T} tokens')
 
 # ---- attention: what each head looks at ------------------------------------------------------------------------------
@@ -157,7 +198,8 @@ else:
     length = max(1, min(T - 1, 64, (T - 1) // 2 if T > 16 else T - 1))
     x, y = cut(idx[0].numpy(), length, max(1, (T - 1) // length))
     measured_on = f'{len(x)} window{"s" * (len(x) > 1)} of {length} tokens of this text'
-    note('No validation split here: what heads are worth was measured on the text itself; type --dataset=NAME for one.')
+    note(f'No validation split here ({why_not}): what heads are worth was measured on the text '
+         f'itself; type --data_dir=FOLDER for the one that holds its dataset, or --dataset=NAME.')
 base, without = inside.head_ablation(
     model, x, y, lambda layers: tqdm(layers, desc='taking out heads', leave=False, disable=None))
 for row in heads:
@@ -291,7 +333,8 @@ def write_csv(file, rows):
 
 title = f'{where}, {T} tokens'
 try:
-    with tempfile.TemporaryDirectory(prefix='analysis-', dir=out_dir) as part:   # until all are written
+    # until all files are written
+    with tempfile.TemporaryDirectory(prefix='analysis-', dir=place) as part:
         np.savez_compressed(at('attention.npz'), weights=weights.numpy(), outputs=outputs.numpy(), tokens=idx[0].numpy(),
                             losses=losses.numpy())
         worth = ('layer', 'head', 'change', 'change_low', 'change_high')
@@ -322,6 +365,6 @@ try:
         for file in files:
             os.replace(at(file), os.path.join(folder, file))
 except OSError as error:
-    fail(f'{folder} cannot be written ({error.strerror}); make room, or type --out_dir=FOLDER for another place')
+    cannot_be_written(error)
 runtime.write('\n'.join(findings) + '\n')
 say(f'{len(files)} files in {folder}; open {os.path.join(folder, "report.html")}')

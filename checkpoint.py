@@ -10,6 +10,7 @@ The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 o
 """
 import contextlib
 import csv
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -21,7 +22,7 @@ import platform
 import shlex
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 
 import numpy
@@ -30,7 +31,7 @@ import torch
 import runtime
 from configurator import checked, fail
 from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
-from model import GPT, GPTConfig, fetch_pretrained
+from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
 from plots import read_log
 from runtime import say
 
@@ -39,6 +40,8 @@ SEAL_SIZE = len(SEAL) + 64
 TRAINING = ('dropout', 'flash', 'label_smoothing', 'layer_drop', 'grad_checkpointing')   # what a finished model is without
 # what a resumed run does not take over: it is of the machine and of the command typed; prepare would run what a file says
 MACHINE = ('init_from', 'out_dir', 'eval_only', 'backend', 'device', 'prepare')
+# the hub's GPT-2s, whose names have no owner
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
 OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.json')   # what a run writes into its folder
 
 
@@ -291,6 +294,8 @@ def read(path):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Damaged:
         raise
+    except PermissionError as error:
+        raise Damaged(f'cannot be read ({error.strerror})') from None
     except Exception as error:   # a damaged file can make its reader raise anything
         reason = str(error).strip().splitlines() or ['']
         if isinstance(error, pickle.UnpicklingError):   # torch's own words are of weights_only and its history
@@ -324,16 +329,60 @@ def build_model(loaded, path, **overrides):
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); type --checkpoint=FILE for another')
 
 
-def from_hub(name, **fields):
-    """(model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder; tokenizer is None where the folder has none."""
+@dataclass
+class Opened:
+    """A model that a script uses, and what is known about it."""
+    model: GPT          # on the CPU
+    tokenizer: object   # one of data.py's
+    source: str         # the checkpoint file, or what init_from named
+    where: str          # the source in words, with a checkpoint's step
+    dataset: str        # the dataset it was trained on; '' where that is not known
+    data_dirs: list     # the folders that may hold its dataset, in the order to look
+
+
+def check_near_names(name, words):
+    """Fails for a name that is neither a folder nor known, but close to one that is allowed.
+
+    words: what init_from may be besides names."""
+    allowed = (*words, *HUB_NAMES)
+    if '/' in name or os.path.isdir(name) or name in allowed:
+        return
+    near = get_close_matches(name, allowed, n=1, cutoff=0.7)
+    if near:
+        fail(f'init_from={name}: there is no such folder; did you mean {near[0]}? '
+             f'type --init_from={near[0]}')
+
+
+def is_out_of_reach(error):
+    """Return whether huggingface_hub raised `error` for lack of a network and of cached files."""
+    try:
+        from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        return False
+    return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+
+
+def from_hub(name, words=('resume',), most_positions=None, **fields):
+    """Return (model, tokenizer) of a GPT-2 on Hugging Face's hub or in a folder.
+
+    tokenizer is None where the folder has none. words: see check_near_names. most_positions: a
+    longer context is cut to this. fields: GPTConfig's, such as dropout."""
+    check_near_names(name, words)
     try:
         if name in ('', 'scratch') or not os.path.isdir(name) and (name[0] in './~' or name.count('/') > 1):
             raise ValueError('there is no such folder')
         folder = fetch_pretrained(name)
+        positions = read_hf_config(folder)['n_positions']
+        if most_positions is not None and type(positions) is int and positions > most_positions:
+            fields['block_size'] = most_positions
         model, tokenizer = GPT.from_pretrained(folder, **fields), read_hf_tokenizer(folder)
     except ImportError as error:
         fail(f'init_from={name} needs the package {error.name}; type pip install -r requirements.txt')
     except (OSError, ValueError) as error:
+        if is_out_of_reach(error):
+            fail(f'init_from={name}: huggingface.co cannot be reached, and {name} is not in the '
+                 f'local cache; allowed are a network once, and a folder with config.json and '
+                 f'model.safetensors; type --init_from=FOLDER')
         reason = ' '.join(str(error).split())[:400]
         near = (get_close_matches(name, ('resume', 'scratch', 'gpt2'), 1) or ['gpt2'])[0]
         fail(f'init_from={name}: {reason}; allowed are resume, scratch (train.py), gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
@@ -346,14 +395,39 @@ def from_hub(name, **fields):
     return model, tokenizer
 
 
-def open_model(init_from, out_dir, checkpoint, data_dir):
-    """(model on the CPU, tokenizer, where they are from in words, knobs of the run) for a script that uses a model:
-    init_from='resume' takes the checkpoint named, or the best in out_dir that was trained; anything else is from_hub's."""
+def data_dirs_of(knobs, path, data_dir, given):
+    """Return the folders that may hold the dataset of a run, in the order to look.
+
+    knobs: the run's. path: the run's checkpoint file. data_dir: the script's knob. given: the knobs
+    that were typed; a data_dir that was typed is the only folder. A relative data_dir of the run is
+    also tried from the folder that out_dir was in, from the run's folder, and from its parent."""
+    if 'data_dir' in given:
+        return [data_dir]
+    known = knobs.get('data_dir', data_dir)
+    if not isinstance(known, str) or '\0' in known:
+        known = data_dir
+    run = os.path.dirname(os.path.abspath(path))
+    starts = [os.getcwd()]
+    was = knobs.get('out_dir')
+    if isinstance(was, str) and run.endswith(os.sep + os.path.normpath(was)):
+        starts.append(run.removesuffix(os.sep + os.path.normpath(was)))
+    starts += [run, os.path.dirname(run)]
+    folders = [os.path.abspath(os.path.join(start, known)) for start in starts]
+    folders.append(os.path.abspath(data_dir))
+    here = os.path.join(os.getcwd(), '')
+    return [folder.removeprefix(here) for folder in dict.fromkeys(folders)]
+
+
+def open_model(init_from, out_dir, checkpoint, data_dir, given):
+    """Return a script's model as an Opened.
+
+    init_from='resume' takes the checkpoint named, or the best in out_dir that was trained; anything
+    else is from_hub's. given: the knobs that were typed, as configure returns them."""
     if init_from != 'resume':
         model, tokenizer = from_hub(init_from, dropout=0.0)
         if tokenizer is None:
             fail(f'init_from={init_from} has no tokenizer.json or vocab.json; type --init_from=FOLDER for one that has')
-        return model, tokenizer, init_from, {}
+        return Opened(model, tokenizer, init_from, init_from, '', [data_dir])
     path = find(out_dir, checkpoint)
     loaded, last = load(path), os.path.join(out_dir, 'last.pt')
     if not checkpoint and path != last and loaded.get('iter_num') == 0 and os.path.isfile(last):
@@ -363,7 +437,10 @@ def open_model(init_from, out_dir, checkpoint, data_dir):
                 loaded, path = trained, last
     model = build_model(loaded, path)
     knobs = loaded['config'] if isinstance(loaded.get('config'), dict) else {}
-    return model, find_tokenizer(loaded, path, model, data_dir), f'{path}: iter {loaded.get("iter_num")}', knobs
+    data_dirs = data_dirs_of(knobs, path, data_dir, given)
+    tokenizer = find_tokenizer(loaded, path, model, data_dirs)
+    where = f'{path}: iter {loaded.get("iter_num")}'
+    return Opened(model, tokenizer, path, where, str(knobs.get('dataset', '')), data_dirs)
 
 
 def starting_point(knobs, given):
@@ -386,8 +463,12 @@ def starting_point(knobs, given):
         args, tokenizer = resumed['model_args'], resumed.get('tokenizer')
     else:
         path = knobs['init_from']
-        pretrained, tokenizer = from_hub(path, **training,
-                                         block_size=knobs['block_size'] if 'block_size' in given else None)
+        asked = knobs['block_size'] if 'block_size' in given else None
+        pretrained, tokenizer = from_hub(path, ('resume', 'scratch'), asked, **training)
+        has = pretrained.config.block_size
+        if asked is not None and asked > has:
+            say(f'note: {path} has block_size={has}: windows of {has} tokens instead of {asked}')
+            knobs['block_size'] = has
         args, tokenizer = asdict(pretrained.config), tokenizer and tokenizer.state()
     for key in (field.name for field in fields(GPTConfig) if field.name in knobs and field.name not in TRAINING):
         had = checked(key, args.get(key, knobs[key]), knobs[key], f'{path}: {key}')
@@ -414,12 +495,60 @@ def check_symbols(data, path, symbols):
     other = tokenizer not in (None, data.tokenizer.state())
     if other or type(vocab_size) is int and (vocab_size < data.vocab_size or vocab_size > data.vocab_size and not tokenizer
                                              and not padded):
-        fail(f'{path} was trained with another tokenizer than that of {data.folder} ({vocab_size} and {data.vocab_size} '
-             f'symbols); type --dataset=NAME for one with the same')
+        difference = f'{vocab_size} and {data.vocab_size} symbols'
+        kind = tokenizer['kind'] if tokenizer else None
+        if kind == data.tokenizer.state()['kind'] == 'char':
+            difference = different_characters(tokenizer['chars'], data.tokenizer.chars)
+        fail(f'{path} was trained with another tokenizer than that of {data.folder}: {difference}; '
+             f'{advice_for_symbols(path, kind)}')
 
 
-def find_tokenizer(loaded, path, model, data_dir):
-    """The tokenizer in a checkpoint; for one by nanoGPT, that of the dataset its config names. model draws from its symbols."""
+def different_characters(known, needed):
+    """Say which of the characters `needed` by a dataset are not among those `known` to a model."""
+    lacking = [char for char in needed if char not in known]
+    if not lacking:
+        return 'it knows all characters of that dataset, but numbers them differently'
+    shown = ', '.join(map(repr, lacking[:20]))
+    if len(lacking) > 20:
+        shown += ', ...'
+    return f'it lacks {len(lacking)} of its characters: {shown}'
+
+
+def advice_for_symbols(path, kind):
+    """Return what to type for a dataset with the tokenizer of the model in path.
+
+    kind: the tokenizer's, None where it is not known."""
+    if kind in ('byte', 'gpt2'):
+        made_by = kind
+    elif kind and os.path.isfile(path):
+        made_by = shlex.quote(f'FROM:{path}')
+    elif kind == 'char':
+        return 'type --dataset=NAME for one with the same characters'
+    else:
+        return 'type --dataset=NAME for one with the same'
+    return (f'type --dataset=NAME for one with the same, which python prepare_text.py --input=FILE '
+            f'--name=NAME --tokenizer={made_by} makes')
+
+
+def dataset_folder(name, data_dirs):
+    """Return the first of data_dirs in which a dataset's folder holds a vocabulary or tokens.
+
+    Where none holds them, return the first that has the folder, or None."""
+    empty = None
+    for data_dir in data_dirs:
+        folder, _ = find_dataset(name, data_dir)
+        for pattern in ('meta.*', '*.bin'):
+            if glob.glob(os.path.join(glob.escape(folder), pattern)):
+                return data_dir
+        if empty is None and os.path.isdir(folder):
+            empty = data_dir
+    return empty
+
+
+def find_tokenizer(loaded, path, model, data_dirs):
+    """Return the tokenizer in a checkpoint; for one by nanoGPT, that of the dataset in its config.
+
+    model draws from the tokenizer's symbols from then on. data_dirs: where that dataset may be."""
     if 'tokenizer' in loaded:
         try:
             tokenizer = load_tokenizer(loaded['tokenizer'])
@@ -428,10 +557,11 @@ def find_tokenizer(loaded, path, model, data_dir):
     else:
         config = loaded.get('config')
         name = str(config.get('dataset', '')) if isinstance(config, dict) else ''
-        folder = find_dataset(name, data_dir)[0] if name else os.path.join(data_dir, '?')   # no name that is a path
-        if not os.path.isdir(folder):
-            fail(f'{path} has no tokenizer and the folder of its dataset, {folder}, is not there; type --data_dir=FOLDER for '
-                 f'the one that holds {name or "its dataset"}')
+        data_dir = dataset_folder(name, data_dirs) if name else None
+        if data_dir is None:
+            folders = ' or '.join(os.path.join(data_dir, name or '?') for data_dir in data_dirs)
+            fail(f'{path} has no tokenizer and the folder of its dataset, {folders}, is not there; '
+                 f'type --data_dir=FOLDER for the one that holds {name or "its dataset"}')
         tokenizer = Dataset(name, data_dir).tokenizer
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f'{path}: its tokenizer has {tokenizer.vocab_size:,} symbols and its model {model.config.vocab_size:,}; type '

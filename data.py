@@ -9,6 +9,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -39,9 +40,15 @@ PREPARE = {'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
            'enwik8': 'python prepare_enwik8.py --tokenizer=byte', 'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
 
 
-def how_to_make(name):
-    """The command that makes the dataset of that name."""
-    return PREPARE.get(name, f'python prepare_text.py --input=FILE_OR_FOLDER --name={name} --tokenizer=char')
+def how_to_make(name, tokenizer='char', data_dir='data'):
+    """Return the command that makes the dataset of that name in data_dir.
+
+    tokenizer: the kind to advise for a dataset of the user's own text."""
+    own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
+    command = PREPARE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
+    if data_dir != 'data':
+        command += f' --data_dir={shlex.quote(data_dir)}'
+    return command
 
 
 # ---- tokenizers: vocab_size, encode(text) -> ids, decode(ids) -> bytes, state() -> plain data, opening, the text
@@ -381,18 +388,33 @@ def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, 
     return meta
 
 
+def as_typed(text):
+    """Return a word of the command line as the text that was typed.
+
+    In a locale of ASCII, Python hands each byte of a character above 127 on as half of a surrogate
+    pair. Text that was not typed in UTF-8 is returned as it is."""
+    try:
+        return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:   # other halves of pairs, from a config file or from Windows
+        return text
+
+
 def read_prompt(start, longest=1 << 24):
-    """The text that a knob `start` stands for: itself, FILE:path, or - for standard input; at most so many characters."""
+    """Return the text that a knob `start` stands for: itself, FILE:path, or - for standard input.
+
+    Line ends stay as they are. Fails for more than `longest` characters."""
     if start == '-' and sys.stdin is None:
         fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
     try:
         if start == '-':
-            text = sys.stdin.read(longest + 1).removeprefix('\ufeff')   # a mark, with which editors on Windows begin a file
+            text = _read_stdin(longest + 1)
         elif start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8-sig') as f:   # without that mark
+            path = os.path.expanduser(start.removeprefix('FILE:'))
+            # utf-8-sig skips the mark with which editors on Windows begin a file
+            with open(path, encoding='utf-8-sig', newline='') as f:
                 text = f.read(longest + 1)
         else:
-            text = start
+            text = as_typed(start)
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
@@ -401,14 +423,27 @@ def read_prompt(start, longest=1 << 24):
     return text
 
 
+def _read_stdin(longest):
+    """Return at most `longest` characters of standard input, which is UTF-8 in any locale."""
+    if not hasattr(sys.stdin, 'buffer'):   # replaced by a stream of text
+        return sys.stdin.read(longest).removeprefix('\ufeff')
+    decoded = io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8-sig', newline='')
+    try:
+        return decoded.read(longest)
+    finally:
+        decoded.detach()   # else collecting `decoded` would close standard input
+
+
 # ---- reading data --------------------------------------------------------------------------------------------------
 
 class Dataset:
     """data/<name>/ opened: tokenizer, vocab_size, meta, and the splits as lists of token arrays, one a shard."""
 
     def __init__(self, name, data_dir='data'):
-        self.name, self.folder = name, os.path.join(data_dir, name)
-        self.again = f'type {how_to_make(name)} to make it again'
+        self.name = name
+        self.data_dir = data_dir
+        self.folder = os.path.join(data_dir, name)
+        self.again = f'type {how_to_make(name, data_dir=data_dir)} to make it again'
         try:
             if os.path.exists(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
@@ -422,6 +457,8 @@ class Dataset:
                 pickle.UnpicklingError) as error:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); {self.again}')
         self.vocab_size = self.tokenizer.vocab_size
+        kind = self.tokenizer.state()['kind']
+        self.again = f'type {how_to_make(name, kind, data_dir)} to make it again'
         self.opened = {}   # split -> its shards, verified once
         self.maps = []     # of all of them
 
@@ -440,7 +477,7 @@ class Dataset:
             size, hashes = known and int(known['tokens']) * int(self.dtype[-1]), known and dict(known['sha256'])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             fail(f'{self.folder}/meta.json does not describe {split}.bin; {self.again}')
-        sizes = [os.path.getsize(path) for path in paths]
+        sizes = [self._size(path) for path in paths]
         if known and (sum(sizes) != size or set(hashes) != set(map(os.path.basename, paths))):
             fail(f'{self.folder}: {split}.bin disagrees with meta.json: {sum(sizes):,} bytes in {len(paths)} file(s), '
                  f'where {size:,} in {len(hashes)} are expected; {self.again}')
@@ -450,8 +487,11 @@ class Dataset:
                 fail(f'{path} is empty; {self.again}')
             if n % int(self.dtype[-1]):
                 fail(f'{path}: {n} bytes are not a whole number of {self.dtype[-1]}-byte tokens; {self.again}')
-            with open(path, 'rb') as f:
-                self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            try:
+                with open(path, 'rb') as f:
+                    self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                self._unreadable(path, error)
             shard = np.frombuffer(self.maps[-1], dtype=self.dtype)
             if n <= VERIFY_BELOW:
                 if known and hashlib.sha256(shard).hexdigest() != hashes[os.path.basename(path)]:
@@ -459,6 +499,18 @@ class Dataset:
                 self.check_range(shard, path)
             shards.append(shard)
         return shards
+
+    def _size(self, path):
+        """Return the bytes in a token file; fails for one that cannot be read."""
+        try:
+            return os.path.getsize(path)
+        except OSError as error:
+            self._unreadable(path, error)
+
+    def _unreadable(self, path, error):
+        """Fail for a token file that the system does not let us read."""
+        reason = error.strerror or error
+        fail(f'{path} cannot be read ({reason}); make it readable, or {self.again}')
 
     def release(self):
         """Give back the pages read so far: they count as this process's memory and would grow to all of it (nanoGPT #287)."""
@@ -478,7 +530,7 @@ class Dataset:
             return ''
         lines = (f'THIS IS NOT {source.get("instead_of", "THE REAL TEXT")}: a stand-in, {source.get("name")}',
                  f'Why: {source.get("reason")}',
-                 f'With a network, replace it: {how_to_make(self.name)}')
+                 f'With a network, replace it: {how_to_make(self.name, data_dir=self.data_dir)}')
         return '\n'.join(('=' * 80, *(line[:300] for line in lines), '=' * 80))
 
 
@@ -495,21 +547,57 @@ def open_dataset(name, data_dir='data', needs=('train', 'val')):
     """The Dataset of that name; fails where a split that is needed is not there, saying how to make it."""
     folder, ready = find_dataset(name, data_dir, needs)
     if not ready:
-        fail(_missing(name, folder, needs))
+        fail(_missing(name, data_dir, needs))
     return Dataset(name, data_dir)
 
 
-def _missing(name, folder, needs=('train', 'val'), why=''):
+def _missing(name, data_dir, needs=('train', 'val'), why=''):
+    folder = os.path.join(data_dir, name)
     missing = [f'{split}.bin' for split in needs if not _shards(folder, split)]
-    return f'{folder} has no {" and ".join(missing)}{why}; make it first: {how_to_make(name)}'
+    return (f'{folder} has no {" and ".join(missing)}{why}; make it first: '
+            f'{how_to_make(name, data_dir=data_dir)}')
 
 
-def with_split(name, tokenizer, data_dir, split='val'):
-    """The dataset of that name, if its split is there and its tokenizer is this one, else None."""
-    if not name or not find_dataset(name, data_dir, needs=(split,))[1]:
-        return None
+def first_with(name, data_dirs, split):
+    """Return the first of data_dirs in which the dataset of that name has the split, or None."""
+    for data_dir in data_dirs:
+        if find_dataset(name, data_dir, needs=(split,))[1]:
+            return data_dir
+    return None
+
+
+def not_found(name, data_dirs, split):
+    """Say that none of data_dirs has that split of a dataset."""
+    folders = [os.path.join(data_dir, name) for data_dir in data_dirs]
+    return f'no {split}.bin of {name} in {" or ".join(folders)}'
+
+
+def open_first(name, data_dirs, split, tokenizer):
+    """Return the Dataset of that name from the first of data_dirs that has the split.
+
+    Fails where none has it. tokenizer: the model's, whose kind a dataset made anew should have."""
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        make = how_to_make(name, tokenizer.state()['kind'], data_dirs[0])
+        fail(f'{not_found(name, data_dirs, split)}; type --data_dir=FOLDER for the folder that '
+             f'holds {name}, or make it first: {make}')
+    return Dataset(name, data_dir)
+
+
+def with_split(name, tokenizer, data_dirs, split='val'):
+    """Return (the Dataset of that name from the first of data_dirs that has the split, '').
+
+    Return (None, the reason) where none has it, where the dataset's tokenizer is another than
+    `tokenizer`, and where the name is empty."""
+    if not name:
+        return None, 'the dataset it was trained on is not known'
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        return None, not_found(name, data_dirs, split)
     data = Dataset(name, data_dir)
-    return data if data.tokenizer.state() == tokenizer.state() else None
+    if data.tokenizer.state() != tokenizer.state():
+        return None, f'{data.folder} has another tokenizer than the model'
+    return data, ''
 
 
 def prepare_missing(name, data_dir, prepare):
@@ -521,7 +609,7 @@ def prepare_missing(name, data_dir, prepare):
         return
     makes = next((made for made, command in PREPARE.items() if f'python {prepare}'.startswith(command)), name)
     if not prepare or makes != name:
-        fail(_missing(name, folder, why=f', and prepare={prepare!r} makes {makes}' * bool(prepare)))
+        fail(_missing(name, data_dir, why=f', and prepare={prepare!r} makes {makes}' * bool(prepare)))
     try:
         script, *flags = shlex.split(prepare)
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)

@@ -21,14 +21,14 @@ import checkpoint as checkpoints
 import decoding
 import runtime
 from configurator import check, configure, fail
-from data import evaluation_batches, find_dataset, open_dataset, token_sizes
+from data import evaluation_batches, first_with, open_first, token_sizes
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
 dataset = ''             # folder in data_dir; empty: the one the run was trained on
-data_dir = 'data'        # where datasets live
+data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
 split = 'val'            # 'val', 'train', or 'test' where there is one
 stride = None            # tokens from window to window; None: block_size, less gives each token more context and takes longer
 batch_size = 16          # windows at a time; changes the speed and not the result
@@ -38,30 +38,35 @@ device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 here, where the figure is what counts
 quantize = ''            # 'int8': with a byte a weight, as sample.py --quantize=int8; nats_lost is what it costs
 compile = 'auto'         # torch.compile
-knobs, _ = configure(globals(), runtime.find_device)
+knobs, given = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C just ends it
 rank, ranks, device = runtime.join_ranks(backend, device)
 
 check(knobs, split=('train', 'val', 'test'), batch_size=1, quantize=('', 'int8'))
 runtime.check_json(json)
-model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
+model = opened.model
+tokenizer = opened.tokenizer
 block_size = model.config.block_size
 if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
     fail(f'stride={stride!r}: allowed are None and whole numbers from 1 to block_size={block_size}; '
          f'type --stride={block_size // 2 or 1}')
-dataset = dataset or str(its_knobs.get('dataset', ''))
+dataset = dataset or opened.dataset
 if not dataset:
-    fail(f'{where} does not say which dataset it is of; type --dataset=NAME')
-there = [name for name in ('val', 'train', 'test') if find_dataset(dataset, data_dir, needs=(name,))[1]]
+    fail(f'{opened.where} does not say which dataset it is of; type --dataset=NAME')
+there = [name for name in ('val', 'train', 'test')
+         if first_with(dataset, opened.data_dirs, name) is not None]
 if there and split not in there:
-    fail(f'{os.path.join(data_dir, dataset)} has no {split}.bin; it has {", ".join(there)}; type --split={there[0]}')
-data = open_dataset(dataset, data_dir, needs=(split,))
+    folder = os.path.join(first_with(dataset, opened.data_dirs, there[0]), dataset)
+    fail(f'{folder} has no {split}.bin; it has {", ".join(there)}; type --split={there[0]}')
+data = open_first(dataset, opened.data_dirs, split, tokenizer)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-checkpoints.check_symbols(data, where, (tokenizer.state(), tokenizer.vocab_size, False))
+checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
 dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype, compile)
 model.to(device).eval()
-say(f'{where}, {model.num_params():,} parameters; {split} of {dataset}, windows of {block_size}, stride {stride or block_size}')
+say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, '
+    f'windows of {block_size}, stride {stride or block_size}')
 
 
 def evaluated():

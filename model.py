@@ -348,10 +348,7 @@ class GPT(nn.Module):
         Raises OSError for what cannot be fetched or read, ValueError for what is no GPT-2."""
         from safetensors.torch import load_file  # here: the rest of this file needs torch alone
         folder = fetch_pretrained(name)
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
-        hf = {'model_type': None, **{theirs: default for theirs, (_, default) in HF_FIELDS.items()}, **HF_FIXED,
-              'activation_function': 'gelu_new', 'resid_pdrop': 0.1, **(hf if isinstance(hf, dict) else {})}
+        hf = read_hf_config(folder)
         other = [key for key, value in {'model_type': 'gpt2', **HF_FIXED}.items() if hf[key] != value]
         other += [key for key, (_, default) in HF_FIELDS.items() if type(hf[key]) is not type(default)]
         other += ['n_inner'] * (not other and hf.get('n_inner') not in (None, 4 * hf['n_embd']))
@@ -441,6 +438,15 @@ def fetch_pretrained(name):
         return name
     from huggingface_hub import snapshot_download  # here: only a hub name needs it
     return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors', 'tokenizer.json', 'vocab.json'])
+
+
+def read_hf_config(folder):
+    """Return a folder's config.json, with transformers' defaults for what it leaves out."""
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        hf = json.load(f)
+    defaults = {'model_type': None, **{theirs: default for theirs, (_, default) in HF_FIELDS.items()}, **HF_FIXED,
+                'activation_function': 'gelu_new', 'resid_pdrop': 0.1}
+    return defaults | (hf if isinstance(hf, dict) else {})
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty):

@@ -18,14 +18,14 @@ import checkpoint as checkpoints
 import decoding
 import runtime
 from configurator import check, configure, fail
-from data import read_prompt, with_split
+from data import as_typed, read_prompt, with_split
 from model import chances, check_sampling
 from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
-data_dir = 'data'        # where a checkpoint by nanoGPT finds its vocabulary
+data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
 start = ''               # the prompt, FILE:path, or - for standard input; empty: as a text begins
 num_samples = 1          # texts to write
 max_new_tokens = 500     # tokens to add to the prompt
@@ -40,7 +40,7 @@ device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # 'float32', 'bfloat16' or 'float16' for the matrices; float32: the same text for any num_samples
 quantize = ''            # 'int8': a byte a weight, with one scale a row: faster, at a loss that is measured and shown
 compile = 'auto'         # torch.compile for the steps of one token; 'auto': when max_new_tokens pays for its seconds
-knobs, _ = configure(globals(), runtime.find_device)
+knobs, given = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C just ends it
 
 check(knobs, num_samples=1, quantize=('', 'int8'), seed=0)
@@ -52,10 +52,13 @@ if num_samples * max(1, max_new_tokens) > 1 << 24:
     fail(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} are more than {1 << 24:,} tokens; type '
          f'--max_new_tokens=500, or fewer --num_samples')
 
-model, tokenizer, where, its_knobs = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir)
+opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
+model = opened.model
+tokenizer = opened.tokenizer
 block_size = model.config.block_size
 
 prompt = read_prompt(start)
+stop = as_typed(stop)
 ids = tokenizer.encode(prompt or tokenizer.opening)
 idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                                     # (1, T)
 
@@ -63,15 +66,20 @@ dtype, parameters = runtime.find_dtype(dtype, device), model.num_params()
 pays = decoding.compiling_pays(model, device, dtype, quantize, min(max_new_tokens, block_size - len(ids)), num_samples)
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
 model.to(device).eval()
-trained_on = str(its_knobs.get('dataset', ''))
-if data := with_split(trained_on, tokenizer, data_dir) if quantize else None:
+data, why_not = None, ''
+if quantize:
+    data, why_not = with_split(opened.dataset, tokenizer, opened.data_dirs)
+if data:
     exact, lossy = decoding.quantize_and_compare(model, dtype, data, device)
-    say(f'int8: {lossy:.4f} nats a token on a sample of the validation split of {trained_on}, {exact:.4f} in float32')
+    say(f'int8: {lossy:.4f} nats a token on a sample of the validation split of {data.folder}, '
+        f'{exact:.4f} in float32')
 else:
     decoding.narrow(model, dtype, quantize)
     if quantize:
-        say('int8: no validation split here to measure what it costs; type python evaluate.py --quantize=int8 --dataset=NAME')
-say(f'{where}, {parameters:,} parameters, {decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
+        say(f'note: what int8 costs was not measured: {why_not}; type --data_dir=FOLDER, '
+            f'or python evaluate.py --quantize=int8 --dataset=NAME')
+say(f'{opened.where}, {parameters:,} parameters, '
+    f'{decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
 if compile:
     decoding.compile_steps(model)
 if len(ids) > block_size:

@@ -134,7 +134,8 @@ windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
 
 dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
-checkpoint.open_folder(out_dir, rank)
+if not eval_only:
+    checkpoint.open_folder(out_dir, rank)
 
 # ---- model and optimizers ------------------------------------------------------------------------------------------
 torch.manual_seed(seed)

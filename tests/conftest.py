@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and torchrun's ranks share the cores
 
+import ctypes
 import runpy
 import shlex
 import signal
@@ -136,6 +137,28 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def modes_hold():
+    """Make folders' modes hold for root too: the test's thread gives up overriding them."""
+    if not hasattr(os, 'geteuid'):
+        pytest.skip('this system has no modes of folders')
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, 'capset'):
+        pytest.skip('root cannot give up overriding modes here')
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)   # the version of the interface; 0: this thread
+    sets = (ctypes.c_uint32 * 6)()   # effective, permitted, inheritable; then their higher 32 bits
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~0b110   # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = before
+    assert libc.capset(header, sets) == 0
+
+
+@pytest.fixture
 def mini(folder):
     """A working folder with data/mini: some 5,000 characters."""
     from data import CharTokenizer, write_dataset
@@ -181,6 +204,16 @@ def head():
 @pytest.fixture
 def gpt2_files(monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
+
+
+def rewrite(path, tokenizer=None, **knobs):
+    """Change what a checkpoint file says about its run: the knobs, and the tokenizer's state."""
+    import checkpoint
+    loaded = checkpoint.load(str(path))
+    loaded['config'] = loaded['config'] | knobs
+    if tokenizer:
+        loaded['tokenizer'] = tokenizer
+    checkpoint.save(str(path), loaded)
 
 
 def read_log(path):

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import PYTHON, ROOT
+from conftest import PYTHON, ROOT, TEXT, rewrite
 
 FILES = {'attention.npz', 'attention.png', 'depth_scan.csv', 'depth_scan.png', 'embeddings.png', 'gradients.csv', 'gradients.png',
          'head.png', 'head_ablation.csv', 'head_ablation.png', 'losses.png', 'report.html'}
@@ -64,7 +64,7 @@ def test_the_interval_is_students(script, run):
     import inside
     from checkpoint import open_model
     script('analyze.py', '--device=cpu', '--windows=4')
-    model, *_ = open_model('resume', 'out', '', 'data')
+    model = open_model('resume', 'out', '', 'data', given=set()).model
     split = np.fromfile('data/mini/val.bin', dtype='<u2').astype(np.int64)
     starts = np.linspace(0, len(split) - 17, 4).astype(int)
     rows = torch.from_numpy(np.stack([split[s:s + 17] for s in starts]))
@@ -145,6 +145,24 @@ def test_without_a_validation_split(script, run):
     assert report_of(run / 'out/analysis/report.html')['tokens'] == list('the miller said')
 
 
+def test_a_run_knows_its_data_dir(script, run):
+    os.rename('data', 'elsewhere')
+    rewrite('out/best.pt', data_dir='elsewhere')
+    result = script('analyze.py', '--device=cpu', '--windows=2')
+    assert result.code == 0 and 'note:' not in result.err, result.err
+
+
+def test_a_dataset_of_another_tokenizer_is_named(script, refused, run):
+    from data import ByteTokenizer, write_dataset
+    tokenizer = ByteTokenizer()
+    write_dataset('data/mini', dict(val=[(tokenizer.encode(TEXT), len(TEXT))]), tokenizer,
+                  dict(name='mini', url=None, sha256='', stand_in=False))
+    result = script('analyze.py', '--device=cpu', '--start=the miller')
+    for words in ('measured on the text itself', 'data/mini has another tokenizer'):
+        assert words in result.err
+    refused('analyze.py', '--device=cpu', words=['data/mini has another tokenizer', '--start=TEXT'])
+
+
 def changed(run, monkeypatch, old, new):
     """analyze.py with one line of it otherwise."""
     source = (ROOT / 'analyze.py').read_text()
@@ -165,12 +183,51 @@ def test_more_attention_than_fits_is_cut(script, run, monkeypatch):
 def test_what_cannot_be_written_is_said(refused, run):
     """A folder in a file's place, a file in the folder's."""
     (run / 'out/analysis/gradients.png').mkdir(parents=True)
-    refused('analyze.py', '--device=cpu', '--start=the miller', words=['out/analysis', 'cannot be written', '--out_dir'])
+    refused('analyze.py', '--device=cpu', '--start=the miller', words=['out/analysis', 'cannot be written', '--to'])
     assert [path.name for path in (run / 'out/analysis').iterdir()] == ['gradients.png']
     assert not list((run / 'out').glob('analysis-*'))
     (run / 'file').write_text('')
-    refused('analyze.py', '--device=cpu', '--checkpoint=out/best.pt', '--out_dir=file', words=['file', '--out_dir'])
+    refused('analyze.py', '--device=cpu', '--checkpoint=out/best.pt', '--out_dir=file', words=['file', '--to=FOLDER'])
+    refused('analyze.py', '--device=cpu', '--to=file', words=['file', '--to=FOLDER'])
 
+
+def test_the_pages_go_where_to_says(script, run):
+    result = script('analyze.py', '--device=cpu', '--windows=2', '--to=deep/pages')
+    assert result.code == 0 and 'deep/pages/report.html' in result.err, result.err
+    assert set(os.listdir('deep/pages')) == FILES and os.listdir('deep') == ['pages']
+    assert not os.path.exists('out/analysis')
+    assert script('analyze.py', '--device=cpu', '--windows=2', '--to=deep/pages').code == 0
+
+
+def test_a_folder_that_is_read_only(script, refused, run, modes_hold):
+    """Found before the work is done; the advice can be followed; evaluating needs no writing."""
+    os.chmod('out', 0o555)
+    line = refused('analyze.py', '--device=cpu', words=['out/analysis', 'type --to=FOLDER'])
+    assert 'Permission denied' in line
+    result = script('analyze.py', '--device=cpu', '--windows=2', '--to=pages')
+    assert result.code == 0 and set(os.listdir('pages')) == FILES, result.err
+    os.chmod('pages', 0o555)
+    refused('analyze.py', '--device=cpu', '--to=pages', words=['pages cannot be written'])
+    result = script('train.py', '--init_from=resume', '--eval_only', '--device=cpu')
+    assert result.code == 0 and 'on the whole split' in result.err, result.err
+    refused('train.py', '--init_from=resume', '--device=cpu', words=['out_dir=out cannot be'])
+    os.chmod('out', 0o755)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='names are not bytes there')
+def test_a_name_that_is_not_utf8(run):
+    """The page shows a replacement character for what cannot be read."""
+    name = b'out-\xff'
+    try:
+        os.rename('out', name)
+    except OSError:
+        pytest.skip('this file system takes no such name')
+    flags = [b'--out_dir=' + name, '--device=cpu', '--windows=2']
+    done = subprocess.run([PYTHON, str(ROOT / 'analyze.py'), *flags], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert {file.decode() for file in os.listdir(name + b'/analysis')} == FILES
+    page = run / os.fsdecode(name) / 'analysis/report.html'
+    assert 'out-\ufffd/best.pt' in report_of(page)['facts']
 
 def test_long_contexts_are_shown_in_blocks(script, run, monkeypatch):
     """The page gets blocks when all would be too much, rows still sum to 1; the arrays stay whole."""
@@ -197,9 +254,17 @@ def test_a_gpt2_of_hugging_face(script, folder, gpt2_files):
     for name, content in data.hf_tokenizer_files(data.GPT2Tokenizer(), 32).items():
         (folder / 'tiny' / name).write_text(content if isinstance(content, str) else json.dumps(content))
     assert GPT2Config.from_pretrained('tiny').n_embd == 16
-    result = script('analyze.py', '--device=cpu', '--init_from=tiny', '--start=When Mary and John went to the store, John gave')
+    flags = ['--device=cpu', '--start=When Mary and John went to the store, John gave']
+    result = script('analyze.py', '--init_from=tiny', *flags)
     assert result.code == 0, result.err
-    assert report_of(folder / 'out/analysis/report.html')['tokens'][1] == ' Mary'
+    assert report_of(folder / 'out/analysis-tiny/report.html')['tokens'][1] == ' Mary'
+    assert 'out/analysis-tiny' in result.err and os.listdir('out') == ['analysis-tiny']
+    # a folder that was typed and holds no run is this model's own
+    flags += ['--init_from=./tiny/', '--out_dir=mine']
+    assert script('analyze.py', *flags).code == 0 and os.listdir('mine') == ['analysis']
+    (folder / 'mine/ckpt.pt').write_bytes(b'')
+    assert script('analyze.py', *flags).code == 0
+    assert sorted(os.listdir('mine')) == ['analysis', 'analysis-tiny', 'ckpt.pt']
 
 
 def test_a_checkpoint_of_nanogpt(script, mini):

@@ -5,13 +5,22 @@ import json
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import ByteTokenizer, CharTokenizer, Dataset, TrainingWindows, evaluation_batches, write_dataset
+from data import (
+    ByteTokenizer,
+    CharTokenizer,
+    Dataset,
+    TrainingWindows,
+    evaluation_batches,
+    how_to_make,
+    write_dataset,
+)
 
 SCRIPTS = ['To be, or not to be', 'Быть или не быть', '生きるべきか', '存在还是毁灭', 'أكون أو لا أكون', 'להיות או לא להיות', '🎭🏴󠁧󠁢󠁥󠁮󠁧󠁿 e\u0301']
 
@@ -143,6 +152,63 @@ def test_token_outside_the_vocabulary(folder, capsys, monkeypatch):
     windows = TrainingWindows(Dataset('made'), 'train', 8, seed=1)
     with pytest.raises(SystemExit):
         windows.batch(0, 4)
+
+
+def test_files_that_cannot_be_opened(mini, capsys, monkeypatch):
+    """One line for each kind of file, that names it."""
+    import builtins
+    import mmap
+
+    import checkpoint
+    Path('last.pt').write_bytes(b'x')
+    real = builtins.open
+    forbidden = ''
+
+    def guarded(path, *args, **kwargs):
+        if forbidden and str(path).endswith(forbidden):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(builtins, 'open', guarded)
+
+    def line_for(act):
+        with pytest.raises(SystemExit) as stop:
+            act()
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.startswith('error: ') and line.count('\n') == 1
+        assert 'Permission denied' in line
+        return line
+    for split in ('train', 'val'):
+        forbidden = f'{split}.bin'
+        line = line_for(lambda split=split: Dataset('mini').split(split))
+        assert f'data/mini/{split}.bin cannot be read' in line
+    forbidden = 'meta.json'
+    assert 'data/mini' in line_for(lambda: Dataset('mini'))
+    forbidden = 'last.pt'
+    assert 'damaged' not in line_for(lambda: checkpoint.load('last.pt'))
+    forbidden = ''
+
+    def refusing(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(mmap, 'mmap', refusing)
+    assert 'data/mini/val.bin cannot be read' in line_for(lambda: Dataset('mini').split('val'))
+    os.rename('data/mini/meta.json', 'data/mini/meta.pkl')
+    forbidden = 'meta.pkl'
+    assert 'data/mini' in line_for(lambda: Dataset('mini'))
+
+
+def test_what_makes_a_dataset_again(folder, capsys):
+    """The tokenizer is the dataset's own, the folder the one it is in."""
+    source = dict(name='made', url=None, sha256='', stand_in=False)
+    splits = {split: [(np.arange(50), 50)] for split in ('train', 'val')}
+    write_dataset('else where/made', splits, ByteTokenizer(), source)
+    with open('else where/made/val.bin', 'ab') as f:
+        f.write(b'0')
+    with pytest.raises(SystemExit):
+        Dataset('made', 'else where').split('val')
+    line = capsys.readouterr().err
+    assert "--name=made --tokenizer=byte --data_dir='else where' to make it again" in line
+    assert how_to_make('shakespeare') == 'python prepare_shakespeare.py --tokenizer=gpt2'
+
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@ import json
 import math
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import rewrite
 
 import checkpoint
 from data import CharTokenizer, Dataset, GPT2Tokenizer, token_sizes, write_dataset
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -94,3 +97,69 @@ def test_refusals(run, refused):
     write_dataset('data/other', dict(val=[(tokenizer.encode('abc' * 9), 27)]), tokenizer, dict(name='', url=None, sha256='', stand_in=False))
     refused('evaluate.py', '--device=cpu', '--dataset=other', words=['another tokenizer'])
     assert not os.path.exists('no')
+
+
+# ---- where the data is ---------------------------------------------------------------------------------------------
+
+def test_a_run_knows_its_data_dir(run, script):
+    os.rename('data', 'elsewhere')
+    rewrite('out/best.pt', data_dir=str(run / 'elsewhere'))
+    result = script('evaluate.py', '--device=cpu')
+    assert result.code == 0 and 'val of elsewhere/mini' in result.err, result.err
+
+
+@pytest.mark.parametrize('place', ['.', 'out', 'runs'])
+def test_a_run_is_found_from_another_folder(run, script, monkeypatch, place):
+    """Its data lie beside where out_dir was, in the run's folder, or in that folder's parent."""
+    os.mkdir('work')
+    if place == 'runs':
+        rewrite('out/best.pt', out_dir='/gone/long/ago')
+        os.mkdir('runs')
+        os.rename('out', 'runs/out')
+    if place != '.':
+        os.rename('data', f'{place}/data')
+    monkeypatch.chdir('work')
+    result = script('evaluate.py', '--device=cpu', f'--out_dir=../{"runs/" * (place == "runs")}out')
+    where = os.path.normpath(run / place / 'data/mini')
+    assert result.code == 0 and f'val of {where}' in result.err, result.err
+
+
+def test_a_data_dir_that_was_typed_is_the_only_one(run, refused, script):
+    words = ['no val.bin', 'typo/mini', 'type --data_dir=FOLDER']
+    line = refused('evaluate.py', '--device=cpu', '--data_dir=typo', words=words)
+    assert 'data/mini,' not in line and line.endswith('--tokenizer=char --data_dir=typo')
+    assert script('evaluate.py', '--device=cpu', '--data_dir=data').code == 0
+
+
+def test_where_it_looked_and_how_to_make_it(run, refused):
+    """The tokenizer advised is the model's own kind."""
+    shutil.rmtree('data')
+    rewrite('out/best.pt', data_dir='texts')
+    words = ['texts/mini', 'out/texts/mini', 'data/mini', '--tokenizer=char']
+    line = refused('evaluate.py', '--device=cpu', words=words)
+    assert line.index('--data_dir=FOLDER') < line.index('prepare_text.py')
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    config = dict(dataset='mine', data_dir=3, out_dir=None)
+    checkpoint.save('bytes.pt', dict(format=1, model=model.state_dict(), config=config,
+                                     model_args=asdict(model.config), tokenizer=dict(kind='byte')))
+    words = ['data/mine', '--name=mine --tokenizer=byte']
+    refused('evaluate.py', '--device=cpu', '--checkpoint=bytes.pt', words=words)
+
+
+def test_a_dataset_typed_lies_beside_the_runs_own(run, script):
+    os.rename('data', 'elsewhere')
+    os.rename('elsewhere/mini', 'elsewhere/other')
+    rewrite('out/best.pt', data_dir='elsewhere')
+    result = script('evaluate.py', '--device=cpu', '--dataset=other')
+    assert result.code == 0 and 'val of elsewhere/other' in result.err, result.err
+
+
+def test_another_split_elsewhere(run, script, refused):
+    """The first folder that has the split is taken; a split that none has is an error."""
+    shutil.copytree('data', 'elsewhere')
+    os.remove('elsewhere/mini/val.bin')
+    rewrite('out/best.pt', data_dir='elsewhere')
+    assert 'val of data/mini' in script('evaluate.py', '--device=cpu').err
+    assert 'train of elsewhere/mini' in script('evaluate.py', '--device=cpu', '--split=train').err
+    words = ['no test.bin', 'it has val, train', '--split=val']
+    refused('evaluate.py', '--device=cpu', '--split=test', words=words)

@@ -203,6 +203,34 @@ def test_name_that_does_not_exist(mini, refused, monkeypatch):
             refused(script, f'--init_from={name}', words=['init_from', name])
 
 
+def test_a_name_that_was_nearly_typed(mini, refused, monkeypatch):
+    """A short line at once: neither the hub is asked nor explained."""
+    monkeypatch.setattr('checkpoint.fetch_pretrained', None)
+    for script in ('train.py', 'sample.py', 'evaluate.py', 'analyze.py', 'export_hf.py'):
+        to = ['--to=new'] * (script == 'export_hf.py')
+        nearly = dict(resum='resume', distillgpt2='distilgpt2') | {'gpt2-larg': 'gpt2-large'}
+        for typed, meant in nearly.items():
+            words = [typed, f'did you mean {meant}?', f'type --init_from={meant}']
+            line = refused(script, f'--init_from={typed}', *to, words=words)
+            assert len(line) < 120, line
+    refused('train.py', '--init_from=scrach', words=['type --init_from=scratch'])
+
+
+def test_a_name_on_the_hub_without_a_network(folder, refused, process, monkeypatch):
+    """Neither a hub out of reach nor offline mode gives more than a short line."""
+    import huggingface_hub.constants
+    reach = dict(HF_HOME=str(folder / 'hf'), HF_ENDPOINT='http://127.0.0.1:9')
+    lines = [process('sample.py', '--init_from=someone/nobody', env=reach).stderr.strip()]
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(folder / 'hub'))
+    lines.append(refused('train.py', '--init_from=someone/nobody', '--device=cpu'))
+    for line in lines:
+        assert '\n' not in line and len(line) < 300, line
+        for words in ('error: init_from=someone/nobody: ', 'cannot be reached',
+                      'not in the local cache', 'model.safetensors', 'type --init_from=FOLDER'):
+            assert words in line, line
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['gpt2', 'byte', 'char'])
@@ -307,9 +335,47 @@ def test_fine_tuning(mini, script, refused):
     assert script('train.py', '--init_from=resume', '--max_iters=6', '--device=cpu').code == 0
     assert json.load(open('out/config.json'))['n_layer'] == 5
     refused('train.py', *common, '--n_layer=3', words=['n_layer=3', 'n_layer=5'])
-    refused('train.py', *common[:-2], '--block_size=65', words=['block_size=65', '64 positions'])
     hf_model().save_pretrained('larger')
     refused('train.py', '--init_from=larger', *common[1:], words=['another tokenizer', '1003'])
+
+
+def test_fine_tuning_ones_own_export(trained, mini, script, refused):
+    """A config that asks for more context than the model has gets the model's."""
+    assert script('export_hf.py', f'--out_dir={trained}', '--to=out-hf').code == 0
+    Path('more.py').write_text("init_from = 'gpt2'\ndataset = 'mini'\nblock_size = 256\n"
+                               "out_dir = 'out-more'\nmax_iters = 2\n")
+    flags = ['more.py', '--init_from=out-hf', '--device=cpu', '--eval_iters=1', '--batch_size=2',
+             '--gradient_accumulation_steps=1']
+    result = script('train.py', *flags)
+    assert result.code == 0 and 'done: 2 steps' in result.err, result.err
+    note = 'note: out-hf has block_size=16: windows of 16 tokens instead of 256\n'
+    assert result.err.count(note) == 1
+    assert checkpoint.load('out-more/last.pt')['model_args']['block_size'] == 16
+    assert json.load(open('out-more/config.json'))['block_size'] == 16
+    # data of another tokenizer: the advice makes data that the model can be trained on
+    tokenizer = data.ByteTokenizer()
+    splits = {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}
+    source = dict(name='bytes', url=None, sha256='', stand_in=False)
+    data.write_dataset('data/bytes', splits, tokenizer, source)
+    words = ['out-hf', 'another tokenizer', 'same characters']
+    line = refused('train.py', *flags, '--dataset=bytes', words=words)
+    assert 'FROM:' not in line   # which takes a checkpoint file
+    assert checkpoint.load('out-more/last.pt')['iter_num'] == 2
+
+
+def test_advice_for_an_export_of_bytes(mini, script, refused):
+    """Followed, it leads to a run."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save('a.pt', dict(format=1, model=model.state_dict(), tokenizer=dict(kind='byte'),
+                                 model_args=asdict(model.config)))
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=out-hf').code == 0
+    flags = ['--init_from=out-hf', '--device=cpu', '--eval_iters=1', '--batch_size=2',
+             '--gradient_accumulation_steps=1', '--max_iters=1']
+    refused('train.py', *flags, '--dataset=mini',
+            words=['--dataset=NAME', 'prepare_text.py --input=FILE --name=NAME --tokenizer=byte'])
+    Path('text.txt').write_text(TEXT)
+    made = script('prepare_text.py', '--input=text.txt', '--name=mine', '--tokenizer=byte')
+    assert made.code == 0 and script('train.py', *flags, '--dataset=mine').code == 0
 
 
 @pytest.mark.parametrize('name, parameters', [('train_gpt2', 124_439_808), ('train_gpt2_nobias', 124_412_160),
@@ -405,6 +471,25 @@ def test_nanogpt_checkpoint(mini, script, prefix, bias):
     assert [int(row['iter']) for row in read_log('out/log.csv')] == [6, 7, 8]
     assert script('export_hf.py', '--checkpoint=out/ckpt.pt', '--to=exported').code == 0
     close(ours, transformers.AutoModelForCausalLM.from_pretrained('exported'), 1e-5)
+
+
+def test_nanogpt_vocabulary_beside_its_run(mini, script, refused):
+    """Its clone is elsewhere; a folder of that name without a vocabulary here is passed over."""
+    os.mkdir('clone')
+    os.rename('data', 'clone/data')
+    os.mkdir('clone/out')
+    os.makedirs('data/mini')
+    Path('data/mini/prepare.py').write_text('')
+    nanogpt_checkpoint('clone/out/ckpt.pt', vocab_size=data.Dataset('mini', 'clone/data').vocab_size)
+    flags = ['--out_dir=clone/out', '--device=cpu']
+    result = script('sample.py', *flags, '--start=the miller', '--max_new_tokens=3')
+    assert result.code == 0 and result.out.startswith('the miller'), result.err
+    assert script('export_hf.py', '--out_dir=clone/out', '--to=exported').code == 0
+    refused('sample.py', *flags, '--data_dir=typo', words=['typo/mini', 'type --data_dir=FOLDER'])
+    shutil.rmtree('clone/data')
+    os.remove('data/mini/prepare.py')
+    os.rmdir('data/mini')
+    refused('sample.py', *flags, words=['data/mini or clone/data/mini', 'type --data_dir=FOLDER'])
 
 
 def test_nanogpt_optimizer_is_matched_by_parameter(mini):

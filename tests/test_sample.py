@@ -1,11 +1,15 @@
 """sample.py on a tiny trained model. pytest tests/test_sample.py"""
+import io
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import TEXT
 
 import checkpoint
+from data import CharTokenizer, as_typed, read_prompt
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def test_greedy_text_is_the_argmax(sample, trained):
     """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     net = checkpoint.build_model(loaded, '').eval()
-    tokenizer = checkpoint.find_tokenizer(loaded, '', net, 'data')
+    tokenizer = checkpoint.find_tokenizer(loaded, '', net, ['data'])
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
@@ -73,6 +77,59 @@ def test_prompt_from_file_and_stdin(sample, folder):
     assert sample('--start', '-', '--max_new_tokens=20', stdin='is 12,\n').out == typed
 
 
+@pytest.mark.parametrize('encoding, newline', [('utf-8', None), ('ascii', None), ('cp1252', '')])
+def test_line_ends_are_kept(folder, monkeypatch, encoding, newline):
+    """The same bytes are the same text, from a file and from standard input, in any locale."""
+    text = '\ufeffso\r\n3 times\rß 😀\n'.encode()
+    (folder / 'p.txt').write_bytes(text)
+    stdin = io.TextIOWrapper(io.BytesIO(text), encoding=encoding, errors='surrogateescape', newline=newline)
+    monkeypatch.setattr('sys.stdin', stdin)
+    assert read_prompt('-') == 'so\r\n3 times\rß 😀\n' == read_prompt('FILE:p.txt')
+    assert not stdin.buffer.closed
+
+
+def test_a_prompt_that_is_not_utf8(folder, monkeypatch, capsys):
+    """It is refused in one line, and so is one that is too long, wherever it comes from."""
+    for text, words in ((b'caf\xe9', 'take text in UTF-8'), ('ßa'.encode() * 3, 'more than 5 characters')):
+        (folder / 'p.txt').write_bytes(text)
+        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(text), encoding='ascii'))
+        for start in ('-', 'FILE:p.txt'):
+            with pytest.raises(SystemExit) as stop:
+                read_prompt(start, longest=5)
+            line = capsys.readouterr().err
+            assert stop.value.code == 2 and words in line and line.count('\n') == 1
+
+
+def test_what_is_typed_in_a_locale_of_ascii(folder, process, refused):
+    """A prompt is the text that was typed, and a character that the model lacks is named."""
+    tokenizer = CharTokenizer('naïve 😀')
+    V = tokenizer.vocab_size
+    model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save('c.pt', dict(format=1, model=model.state_dict(), tokenizer=tokenizer.state(),
+                                 model_args=asdict(model.config)))
+    flags = ['sample.py', '--checkpoint=c.pt', '--device=cpu', '--max_new_tokens=20']
+    ascii = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    done = process(*flags, '--start=naïve 😀', '--stop=😀', env=ascii, text=False)
+    text = done.stdout.decode()
+    assert done.returncode == 0 and text.startswith('naïve 😀'), done.stderr
+    assert '😀' not in text.removeprefix('naïve 😀') and len(text) < 28   # 20 tokens without `stop`
+    typed = '🎉'.encode().decode('ascii', 'surrogateescape')
+    refused(*flags, f'--start={typed}', words=["'🎉'", 'vocabulary'])
+
+
+def test_text_as_typed():
+    assert as_typed('😀'.encode().decode('ascii', 'surrogateescape')) == '😀' == as_typed('😀')
+    for text in ('\udcff', '\ud83d', 'a\udcc3b'):   # what was no text stays what it was
+        assert as_typed(text) == text
+
+
+def test_a_prompt_from_the_home_folder(sample, folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setenv('USERPROFILE', str(folder))
+    (folder / 'p.txt').write_text('so 3')
+    assert sample('--start=FILE:~/p.txt', '--max_new_tokens=0').out == 'so 3\n'
+
+
 def test_stop(sample):
     whole = sample('--start=1', '--temperature=0', '--max_new_tokens=60').out[1:-1]
     word = whole[20:24]
@@ -119,7 +176,16 @@ def test_int8_beside_another_dataset_of_that_name(sample, folder):
     write_dataset('data/mini', {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}, tokenizer,
                   dict(name='mini', url=None, sha256='', stand_in=False))
     result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
-    assert result.code == 0 and 'no validation split' in result.err
+    assert result.code == 0 and 'data/mini has another tokenizer' in result.err
+
+
+def test_int8_is_measured_where_the_run_knows_its_data(sample, trained, folder):
+    """The run lies elsewhere, and its data beside it."""
+    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
+    folder = trained.parent / 'data/mini'
+    assert result.code == 0 and f'validation split of {folder}' in result.err, result.err
+    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4', '--data_dir=nowhere')
+    assert result.code == 0 and 'no val.bin of mini in nowhere/mini' in result.err, result.err
 
 
 def test_stdout_that_cannot_be_written(process, trained, folder):

@@ -96,6 +96,14 @@ def test_max_iters_zero_and_eval_only(mini, script):
     assert before == (open('out/last.pt', 'rb').read(), open('out/log.csv').read())
 
 
+def test_eval_only_makes_no_folder(mini, script, trained):
+    result = script('export_hf.py', f'--out_dir={trained}', '--to=hf')
+    before = sorted(os.listdir())
+    result = script('train.py', *TINY, '--init_from=hf', '--eval_only')
+    assert result.code == 0 and 'on the whole split' in result.err, result.err
+    assert sorted(os.listdir()) == before
+
+
 @pytest.mark.processor
 @pytest.mark.parametrize('knobs', [dict(optimizer='muon'), dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
                                    dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False, tie_weights=False),
@@ -471,7 +479,7 @@ def test_main_config_on_gpu_is_nanogpts(folder):
     (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps=0']), (['--max_iters=-1'], ['max_iters=-1']),
     (['--learning_rate=-1'], ['learning_rate=-1']), (['--seed=-5'], ['seed=-5']), (['--seed=' + '9' * 25], ['seed=']),
     (['--optimizer=sgd'], ['adamw, muon']), (['--pos=sin'], ['learned, rope, none']), (['--dropout=1'], ['dropout=1', 'below 1']),
-    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'scratch']),
+    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'mean gpt2']),
     (['--n_embd=1000000007'], ['n_embd=1000000007']), (['--n_embd=1000000', '--n_head=1'], ['GiB', '--n_embd']),
     (['--n_layer=' + '9' * 30], ['n_layer']), (['--batch_size=' + '9' * 15], ['GiB', '--batch_size']),
     (['--init_from=resume', '--out_dir=empty'], ['no checkpoint', 'empty/last.pt'])])
@@ -630,6 +638,30 @@ def test_resume_on_another_vocabulary(mini, script, refused):
     before = open('out/last.pt', 'rb').read()
     refused('train.py', *TINY, '--init_from=resume', '--dataset=other', words=['another tokenizer', '--dataset'])
     assert open('out/last.pt', 'rb').read() == before
+
+
+def test_characters_that_a_model_lacks_are_named(mini, script, refused):
+    """The first 20 of them, and how many there are; or that they are only numbered differently."""
+    from data import CharTokenizer, write_dataset
+    assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
+    greek = ''.join(map(chr, range(0x3b1, 0x3ca)))
+    texts = dict(accents='was für ein Ärger', greek=f'the miller {greek}', fewer='the miller said')
+    for name, text in texts.items():
+        tokenizer = CharTokenizer(text)
+        splits = {split: [(tokenizer.encode(text * 50), len(text))] for split in ('train', 'val')}
+        source = dict(name=name, url=None, sha256='', stand_in=False)
+        write_dataset(f'data/{name}', splits, tokenizer, source)
+    advice = ['--dataset=NAME', 'python prepare_text.py --input=FILE --name=NAME ',
+              "--tokenizer='FROM:o p/last.pt'"]
+    flags = [*TINY, '--out_dir=o p', '--init_from=resume']
+    words = ['o p/last.pt', 'data/accents', "lacks 4 of its characters: 'g', 'n', 'Ä', 'ü';"] + advice
+    refused('train.py', *flags, '--dataset=accents', words=words)
+    words = ["lacks 25 of its characters: 'α', ", "'τ', ...;", *advice]
+    line = refused('train.py', *flags, '--dataset=greek', words=words)
+    assert "'υ'" not in line
+    words = ['numbers them differently', *advice]
+    line = refused('train.py', *flags, '--dataset=fewer', words=words)
+    assert 'lacks' not in line
 
 
 def test_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
