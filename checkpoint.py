@@ -496,11 +496,20 @@ def check_symbols(data, path, symbols):
     if other or type(vocab_size) is int and (vocab_size < data.vocab_size or vocab_size > data.vocab_size and not tokenizer
                                              and not padded):
         difference = f'{vocab_size} and {data.vocab_size} symbols'
-        kind = tokenizer['kind'] if tokenizer else None
+        kind = kind_of(tokenizer)
         if kind == data.tokenizer.state()['kind'] == 'char':
             difference = different_characters(tokenizer['chars'], data.tokenizer.chars)
         fail(f'{path} was trained with another tokenizer than that of {data.folder}: {difference}; '
              f'{advice_for_symbols(path, kind)}')
+
+
+def kind_of(state):
+    """Return the kind of the tokenizer that a checkpoint describes, None where it describes none."""
+    if not isinstance(state, dict) or not isinstance(state.get('kind'), str):
+        return None
+    if state['kind'] == 'char' and not isinstance(state.get('chars'), str):
+        return None
+    return state['kind']
 
 
 def different_characters(known, needed):

@@ -664,6 +664,17 @@ def test_characters_that_a_model_lacks_are_named(mini, script, refused):
     assert 'lacks' not in line
 
 
+@pytest.mark.parametrize('state', [3, ['char'], dict(chars='abc'), dict(kind='char'), dict(kind=['char']),
+                                   dict(kind='char', chars=7)])
+def test_a_tokenizer_that_says_nothing_is_another(mini, trained, refused, state):
+    os.mkdir('out')
+    loaded = checkpoint.load(str(trained / 'last.pt'))
+    checkpoint.save('out/last.pt', loaded | dict(tokenizer=state))
+    words = ['another tokenizer', '--dataset=NAME']
+    line = refused('train.py', '--init_from=resume', '--device=cpu', words=words)
+    assert 'FROM:' not in line   # there is nothing to take from it
+
+
 def test_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
     script('train.py', *TINY, '--max_iters=2')
     meta = json.load(open('data/mini/meta.json'))
