@@ -136,7 +136,7 @@ for name in chosen:
         data = open_dataset(dataset, data_dir)
         if data.stand_in_banner():
             fail(f'{data.folder} is a stand-in, and a study of it would be taken for one of the real text; make it anew: '
-                 f'{how_to_make(dataset)}')
+                 f'{how_to_make(dataset, data_dir=data_dir)}')
         val = np.concatenate([shard[1:] for shard in data.split('val')])   # the first of each is given, not predicted
         hashed = hashlib.sha256(b''.join(shard.tobytes() for part in ('train', 'val') for shard in data.split(part)))
         opened[dataset] = data, hashed.hexdigest()[:16], token_sizes(data.tokenizer)[0][val].mean()

@@ -30,7 +30,8 @@ import torch
 
 import runtime
 from configurator import checked, fail
-from data import Dataset, find_dataset, load_tokenizer, make_tokenizer, read_hf_tokenizer
+from data import (
+    Dataset, find_dataset, first_with, load_tokenizer, make_tokenizer, read_hf_tokenizer)
 from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
 from plots import read_log
 from runtime import say
@@ -47,6 +48,10 @@ OWN = ('best.pt', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png', 'config.
 
 class Damaged(Exception):
     """What is wrong with a file, to be read behind its path."""
+
+
+class Unreadable(Damaged):
+    """The system does not let us read a file, which may be sound."""
 
 
 class _Sink:
@@ -241,16 +246,18 @@ def load(path):
 def load_last(out_dir):
     """(checkpoint, path) to resume from: last.pt, or, with a line saying so, its predecessor when last.pt is damaged."""
     loaded, reasons = None, []
+    other = 'type --out_dir=FOLDER for the run to resume, or --init_from=scratch for a new one'
     for path in (os.path.join(out_dir, name) for name in ('last.pt', 'last.previous.pt', 'ckpt.pt')):
         if os.path.isfile(path):
             try:
                 loaded = read(path)
                 break
+            except Unreadable as error:   # going on from an older one would replace it
+                fail(f'{path} {error}; make it readable, or {other}')
             except Damaged as error:
                 reasons.append(f'{path} {error}')
         elif path.endswith('last.pt'):
             reasons.append(f'{path} is not there')
-    other = 'type --out_dir=FOLDER for the run to resume, or --init_from=scratch for a new one'
     if loaded is None:
         fail(f'no checkpoint to resume: {"; ".join(reasons)}; {other}')
     if reasons and not path.endswith('ckpt.pt'):
@@ -295,7 +302,7 @@ def read(path):
     except Damaged:
         raise
     except PermissionError as error:
-        raise Damaged(f'cannot be read ({error.strerror})') from None
+        raise Unreadable(f'cannot be read ({error.strerror})') from None
     except Exception as error:   # a damaged file can make its reader raise anything
         reason = str(error).strip().splitlines() or ['']
         if isinstance(error, pickle.UnpicklingError):   # torch's own words are of weights_only and its history
@@ -460,6 +467,8 @@ def starting_point(knobs, given):
         for key, value in resumed['config'].items():
             if key in knobs and key not in given and key not in MACHINE:
                 knobs[key] = checked(key, value, knobs[key], f'{path}: {key}={value!r}')
+        dirs = data_dirs_of(resumed['config'], path, knobs['data_dir'], given)
+        knobs['data_dir'] = first_with(str(knobs['dataset']), dirs, 'train') or knobs['data_dir']
         args, tokenizer = resumed['model_args'], resumed.get('tokenizer')
     else:
         path = knobs['init_from']

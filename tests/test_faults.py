@@ -83,6 +83,21 @@ def test_previous_checkpoint_is_used_when_last_is_damaged(mini, script):
     assert same_weights('whole/last.pt', 'out/last.pt') and without_times('whole/log.csv') == without_times('out/log.csv')
 
 
+def test_a_last_that_cannot_be_read_is_not_replaced(mini, script, refused, modes_hold):
+    script('train.py', *TINY, '--eval_interval=4', '--max_iters=8')
+    os.chmod('out/last.pt', 0)
+    refused('train.py', *TINY, '--init_from=resume', words=['out/last.pt cannot be read (Permission denied)'])
+
+
+def test_resumed_from_another_folder(mini, script, monkeypatch):
+    """A run's relative data_dir is found from wherever the command is typed."""
+    script('train.py', *TINY, '--max_iters=8')
+    os.mkdir('elsewhere')
+    monkeypatch.chdir('elsewhere')
+    result = script('train.py', '--init_from=resume', f'--out_dir={mini}/out', '--max_iters=9', '--device=cpu')
+    assert result.code == 0 and 'resumed from' in result.err, result.err
+
+
 def test_torn_log_line_is_dropped(mini, script):
     script('train.py', *TINY, '--out_dir=whole')
     script('train.py', *TINY, '--max_iters=5')
