@@ -2,14 +2,16 @@
 Your own text to token files.
 
     python prepare_text.py --input=book.txt --name=mine                   # characters -> data/mine/
-    python prepare_text.py --input=notes/ --name=notes --tokenizer=gpt2   # every .txt, .md and .jsonl in a folder
+    python prepare_text.py --input=notes/ --name=notes --tokenizer=gpt2   # a folder's .txt, .md, .jsonl
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text
 
-A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl; the splits are made of whole ones,
-spread evenly (a single document is cut, its last part is for validation). In the token files <|endoftext|> stands between
-two documents, a line break where the tokenizer has no such token. All of them may be gzipped (.gz).
+A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl. The
+splits are made of whole documents, spread evenly (a single document is cut, its last part is for
+validation). In the token files <|endoftext|> stands between two documents, a line break where the
+tokenizer has no such token. Each kind of file may be gzipped (.gz).
 
-Reads the input twice or more, a little at a time; writes train.bin and val.bin (or shards) and meta.json.
+Reads the input three times, a little at a time; writes train.bin and val.bin (or shards) and
+meta.json.
 """
 import codecs
 import glob
@@ -21,6 +23,8 @@ import os
 import shlex
 import sys
 import zlib
+from array import array
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -37,141 +41,270 @@ shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
 configure(globals())
 
-KINDS = ('.txt', '.md', '.jsonl', '.txt.gz', '.md.gz', '.jsonl.gz')
+ENDINGS = ('.txt', '.md', '.jsonl', '.txt.gz', '.md.gz', '.jsonl.gz')   # what a folder's sweep takes
 BLOCK = 1 << 20   # bytes read at a time
-
-again = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
-if not input or not name:
-    fail(f'--input and --name are needed: what to read and what to call it; {again}')
-folder, _ = find_dataset(name, data_dir, knob='name')
-if not 0 < val_fraction < 1:
-    fail(f'val_fraction={val_fraction}: allowed is a share above 0 and below 1; type --val_fraction=0.1')
-if shard_tokens < 1000:
-    fail(f'shard_tokens={shard_tokens}: it must be 1000 or more; type --shard_tokens=100000000')
-if os.path.isdir(input):
-    paths = sorted(path for path in glob.glob(os.path.join(glob.escape(input), '**', '*'), recursive=True)
-                   if path.lower().endswith(KINDS) and os.path.isfile(path))
-    if not paths:
-        fail(f'{input} has no file that ends with {", ".join(KINDS)}; type --input=FILE for one with another ending')
-else:
-    paths = [input] if os.path.isfile(input) else sorted(filter(os.path.isfile, glob.glob(input, recursive=True)))
-    if not paths:
-        fail(f'--input={input}: there is no such file, folder or match of a pattern (in quotes: "texts/*.txt"); {again}')
-if os.path.exists(folder) and any(os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep) for path in paths):
-    fail(f'{folder} holds the input and would be written to; type --name for another, or move the input')
-exit_on_signals()   # and what is half-written is removed
+AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
 
 
 def stop(message):
-    bar.clear()
-    fail(message)
+    """fail(), with the progress bars out of the way."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        fail(message)
 
 
-def blocks(path):
-    """The bytes of a file, unpacked if it ends with .gz, some at a time."""
-    try:
-        with gzip.open(path) if path.lower().endswith('.gz') else open(path, 'rb') as f:
-            while block := f.read(BLOCK):
-                yield block
-    except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-        stop(f'{path} cannot be read: {error}; {again}')
+def check_knobs():
+    """Return the dataset's folder; fail for a knob that is not allowed."""
+    if not input or not name:
+        fail(f'--input and --name are needed: what to read and what to call it; {AGAIN}')
+    folder, _ = find_dataset(name, data_dir, knob='name')
+    if not 0 < val_fraction < 1:
+        fail(f'val_fraction={val_fraction}: allowed is a share above 0 and below 1; '
+             f'type --val_fraction=0.1')
+    if shard_tokens < 1000:
+        fail(f'shard_tokens={shard_tokens}: it must be 1000 or more; '
+             f'type --shard_tokens=100000000')
+    return folder
 
 
-def line_text(path, number, line):
-    """The document in a line of a .jsonl."""
+# ---- which files ---------------------------------------------------------------------------------
+
+def find_files(folder):
+    """Return the paths of the input's files, sorted; fail where one is in the dataset's folder."""
+    if os.path.isdir(input):
+        found = glob.glob(os.path.join(glob.escape(input), '**', '*'), recursive=True)
+        paths = [path for path in found if path.lower().endswith(ENDINGS) and os.path.isfile(path)]
+        if not paths:
+            fail(f'{input} has no file that ends with {", ".join(ENDINGS)}; '
+                 f'type --input=FILE for one with another ending')
+    elif os.path.isfile(input):
+        paths = [input]
+    else:
+        paths = [path for path in glob.glob(input, recursive=True) if os.path.isfile(path)]
+        if not paths:
+            fail(f'--input={input}: there is no such file, folder or match of a pattern '
+                 f'(in quotes: "texts/*.txt"); {AGAIN}')
+    inside = os.path.realpath(folder) + os.sep
+    if any(os.path.realpath(path).startswith(inside) for path in paths):
+        fail(f'{folder} holds the input and would be written to; '
+             f'type --name for another, or move the input')
+    return sorted(paths)
+
+
+# ---- from files to documents ---------------------------------------------------------------------
+
+class Reading:
+    """One reading of the whole input, and what it has passed so far."""
+
+    def __init__(self, bar):
+        self.bar = bar
+        self.bytes = 0   # of all files, unpacked
+        self.digest = hashlib.sha256()   # of the same bytes
+
+    def passed(self, block):
+        """Count the bytes of a block that has been read."""
+        self.bytes += len(block)
+        self.digest.update(block)
+        self.bar.update(len(block))
+
+
+def documents(reading):
+    """Yield (number, place, text) for the text of all files in turn, some of it at a time.
+
+    number counts the documents that hold any text, from 0. place says where a document is."""
+    number = 0
+    begun = False   # whether the document has had any text so far
+    for path in paths:
+        for place, text in read_file(path, reading):
+            if text is None:
+                number += begun
+                begun = False
+            elif text:
+                begun = True
+                yield number, place, text
+
+
+def read_file(path, reading):
+    """Yield (place, text) for each bit of text, and (place, None) at each document's end."""
+    if path.lower().removesuffix('.gz').endswith('.jsonl'):
+        return read_lines(path, reading)
+    return read_plain(path, reading)
+
+
+def read_plain(path, reading):
+    """Yield the documents of a plain text file, which <|endoftext|> stands between."""
+    decoder = codecs.getincrementaldecoder('utf-8-sig')()
+    held = ''
+    before = 0   # bytes before the block
+    for block in itertools.chain(blocks(path, reading), [b'']):
+        try:
+            held += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            stop(f'{path} is not UTF-8 (near byte {before + error.start:,}); convert it first, '
+                 f'if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
+        before += len(block)
+        *whole, held = held.split(data.END_OF_TEXT)
+        for text in whole:
+            yield path, text
+            yield path, None
+        sure = len(held)
+        if block:
+            sure -= len(data.END_OF_TEXT)   # the last characters may be the beginning of a mark
+        if sure > 0:
+            yield path, held[:sure]
+            held = held[sure:]
+    yield path, None
+
+
+def read_lines(path, reading):
+    """Yield the documents of a .jsonl, one a line."""
+    for number, line in numbered_lines(path, reading):
+        if line.strip():
+            place = f'{path}, line {number}'
+            yield place, line_text(place, line)
+            yield place, None
+
+
+def numbered_lines(path, reading):
+    """Yield (number, bytes of the line), from 1, a line in memory at a time."""
+    number = 0
+    held = []   # the parts of a line whose end has not been read
+    for block in blocks(path, reading):
+        first, *others = block.split(b'\n')
+        held.append(first)
+        for other in others:
+            number += 1
+            yield number, b''.join(held)
+            held = [other]
+    yield number + 1, b''.join(held)
+
+
+def line_text(place, line):
+    """Return the document in a line of a .jsonl; fail for a line without one."""
     try:
         content = json.loads(line)
-        if not isinstance(content, dict) or not isinstance(content.get(field), str):
-            has = content.items() if isinstance(content, dict) else ()
-            has = ', '.join(f'{key} ({type(value).__name__})' for key, value in has) or 'none'
-            stop(f'{path}, line {number}: no field {field!r} with a text; its fields are {has[:200]}; type --field=NAME')
-        return content[field].encode('utf-8', 'replace').decode('utf-8')   # JSON can hold half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        stop(f'{path}, line {number} is no JSON: {error}; give it another ending than .jsonl if it is plain text')
+        stop(f'{place} is not JSON: {error}; '
+             f'give the file another ending than .jsonl if it is plain text')
+    text = content.get(field) if isinstance(content, dict) else None
+    if not isinstance(text, str):
+        stop(f'{place}: no field {field!r} with a text; its fields are {kinds_of(content)}; '
+             f'type --field=NAME')
+    return text.encode('utf-8', 'replace').decode()   # JSON can hold half of a surrogate pair
 
 
-def stream(progress):
-    """The text of all files in turn, some at a time, and None at the end of each document."""
-    for path in paths:
-        if path.lower().removesuffix('.gz').endswith('.jsonl'):
-            number, held = 0, []
-            for block in blocks(path):
-                progress(block)
-                first, *others = block.split(b'\n')
-                held.append(first)
-                for other in others:
-                    number, line, held = number + 1, b''.join(held), [other]
-                    if line.strip():
-                        yield line_text(path, number, line)
-                        yield None
-            if b''.join(held).strip():
-                yield line_text(path, number + 1, b''.join(held))
+def kinds_of(content):
+    """Return a record's fields and their types in words."""
+    if not isinstance(content, dict) or not content:
+        return 'none'
+    kinds = [f'{key} ({type(value).__name__})' for key, value in content.items()]
+    return ', '.join(kinds)[:200]
+
+
+def blocks(path, reading):
+    """Yield the bytes of a file, unpacked where it ends with .gz, some at a time."""
+    opened = gzip.open if path.lower().endswith('.gz') else open
+    try:
+        with opened(path, 'rb') as f:
+            while block := f.read(BLOCK):
+                reading.passed(block)
+                yield block
+    except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
+        stop(f'{path} cannot be read: {error}; {AGAIN}')
+
+
+# ---- from documents to splits --------------------------------------------------------------------
+
+@dataclass
+class Survey:
+    """What the first reading of the input finds."""
+    sizes: array   # characters of each document
+    symbols: set   # the text's different characters, where --tokenizer=char collects them
+    bytes: int     # of all files, unpacked
+    sha256: str    # of the same bytes
+
+
+def survey():
+    """Read the whole input once, and return what is in it; fail where it holds no text."""
+    sizes = array('q')
+    symbols = set()
+    with tqdm(desc='reading', unit='B', unit_scale=True, leave=False, disable=None) as bar:
+        reading = Reading(bar)
+        for number, _, text in documents(reading):
+            if number == len(sizes):
+                sizes.append(0)
+            sizes[number] += len(text)
+            if tokenizer == 'char':
+                symbols.update(text)
+    if sum(sizes) < 2:
+        fail(f'{input} holds no text: {len(paths)} file(s), {sum(sizes)} characters; {AGAIN}')
+    return Survey(sizes, symbols, reading.bytes, reading.digest.hexdigest())
+
+
+def split_text(split, bar):
+    """Yield the text of one split, with a separator between its documents."""
+    number_of_documents = len(found.sizes)
+    for_validation = max(1, round(val_fraction * number_of_documents))   # documents
+    characters = sum(found.sizes)
+    cut = min(max(1, int((1 - val_fraction) * characters)), characters - 1)
+    last = None   # number of the document that the split's text so far ends with
+    at = 0   # characters so far, where a single document is cut
+    for number, _, text in documents(Reading(bar)):
+        if number_of_documents == 1:
+            left = max(0, cut - at)
+            at += len(text)
+            text = text[:left] if split == 'train' else text[left:]
         else:
-            decoder, held, before = codecs.getincrementaldecoder('utf-8-sig')(), '', 0
-            for block in itertools.chain(blocks(path), [b'']):
-                progress(block)
-                try:
-                    held += decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    stop(f'{path} is not UTF-8 (near byte {before + error.start:,}); '
-                         f'convert it first, if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
-                before += len(block)
-                *whole, held = held.split(data.END_OF_TEXT)
-                for text in whole:
-                    yield text
-                    yield None
-                sure = len(held) - len(data.END_OF_TEXT) * bool(block)   # the rest may be the beginning of one
-                if sure > 0:
-                    yield held[:sure]
-                    held = held[sure:]
-        yield None
+            before = number * for_validation // number_of_documents
+            after = (number + 1) * for_validation // number_of_documents
+            if (before != after) != (split == 'val'):
+                continue
+        if last not in (None, number):
+            yield separator
+        yield text
+        last = number
 
 
-def texts(split, progress):
-    """The text of one split, its documents apart."""
-    document, inside, separate, at = 0, False, False, 0   # at: characters so far, where a single document is cut
-    for text in stream(progress):
-        if text is None:
-            document, inside = document + inside, False
-        elif text:
-            if documents == 1:
-                at, text = at + len(text), text[:max(0, cut - at)] if split == 'train' else text[max(0, cut - at):]
-                yield text
-            elif (document * for_validation // documents != (document + 1) * for_validation // documents) == (split == 'val'):
-                if separate and not inside:
-                    yield data.END_OF_TEXT if tokenizer == 'gpt2' else '\n'
-                yield text
-                separate = True
-            inside = True
+def write_splits():
+    """Write both splits into the dataset's folder; return its meta.json."""
+    source = dict(name=input, url=None, sha256=found.sha256, stand_in=False, files=len(paths),
+                  documents=len(found.sizes))
+    noun = 'document' if len(found.sizes) == 1 else 'documents'
+    more = f'; of {len(found.sizes):,} {noun}, {found.bytes:,} bytes'
+    with tqdm(desc='tokenizing', total=2 * found.bytes, unit='B', unit_scale=True, leave=False,
+              disable=None) as bar:
+        splits = {split: encode_all(vocabulary, pieces(split_text(split, bar)))
+                  for split in ('train', 'val')}
+        return write_prepared(folder, splits, vocabulary, source, shard_tokens, more)
 
 
-vocabulary = make_tokenizer(tokenizer, '?')   # first: it may have to be fetched; characters are collected below
-digest, sizes, characters, symbols, documents, inside = hashlib.sha256(), [], 0, set(), 0, False
-with tqdm(desc='reading', unit='B', unit_scale=True, leave=False, disable=None) as bar:
-    for text in stream(lambda block: (digest.update(block), sizes.append(len(block)), bar.update(len(block)))):
-        if text:
-            characters += len(text)
-            symbols.update(text) if tokenizer == 'char' else None
-            documents, inside = documents + (not inside), True
-        inside = text is not None and inside
-if characters < 2:
-    fail(f'{input} holds no text: {len(paths)} file(s), {characters} characters; {again}')
-for_validation = max(1, round(val_fraction * documents))   # documents
-cut = min(max(1, int((1 - val_fraction) * characters)), characters - 1)
-if tokenizer == 'char':
-    vocabulary = make_tokenizer('char', ''.join(sorted(symbols | {'\n'} if documents > 1 else symbols)))
-source = dict(name=input, url=None, sha256=digest.hexdigest(), stand_in=False, files=len(paths), documents=documents)
-with tqdm(desc='tokenizing', total=2 * sum(sizes), unit='B', unit_scale=True, leave=False, disable=None) as bar:
-    splits = {split: encode_all(vocabulary, pieces(texts(split, lambda block: bar.update(len(block)))))
-              for split in ('train', 'val')}
-    meta = write_prepared(folder, splits, vocabulary, source, shard_tokens,
-                          f'; of {documents:,} document{"s" * (documents != 1)}, {sum(sizes):,} bytes')
+# ---- what to type next ---------------------------------------------------------------------------
 
-where = f' --data_dir={shlex.quote(data_dir)}' * (data_dir != 'data')
-if min(info['tokens'] for info in meta['splits'].values()) <= 65:
-    print('note: so little text needs a smaller --block_size, or a larger --val_fraction', file=sys.stderr)
-print(f"""now type
+def print_commands():
+    """Print the commands that train on the dataset and sample from the model."""
+    where = ''
+    if data_dir != 'data':
+        where = f' --data_dir={shlex.quote(data_dir)}'
+    if min(info['tokens'] for info in meta['splits'].values()) <= 65:
+        print('note: so little text needs a smaller --block_size, or a larger --val_fraction',
+              file=sys.stderr)
+    print(f"""now type
     python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name} --max_minutes=5
     python sample.py --out_dir=out-{name}
 The first command trains for at most five minutes. For a longer run, add --max_iters=20000 --max_minutes=30 to it.""",
-      file=sys.stderr)
+          file=sys.stderr)
+
+
+# ---- the story -----------------------------------------------------------------------------------
+
+folder = check_knobs()
+paths = find_files(folder)
+exit_on_signals()   # a signal removes what is half-written
+vocabulary = make_tokenizer(tokenizer, '?')   # before the text is read: it may have to be fetched
+found = survey()
+if tokenizer == 'char':
+    if len(found.sizes) > 1:
+        found.symbols.add('\n')   # stands between documents
+    vocabulary = make_tokenizer('char', ''.join(sorted(found.symbols)))
+separator = '\n' if vocabulary.end is None else data.END_OF_TEXT
+meta = write_splits()
+print_commands()
