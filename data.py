@@ -22,6 +22,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -312,6 +313,74 @@ def encode_all(tokenizer, texts):
             if len(waiting) > 2 * workers:
                 yield waiting.pop(0).result()
         yield from (done.result() for done in waiting)
+
+
+@dataclass
+class Chosen:
+    """The documents that are for validation; all others are for training."""
+    validation: bytearray   # one byte a document: 1 for a whole document that is for validation
+    characters: int         # characters for validation
+    cut: int | None         # number of the document that is cut, None where all are whole
+    at: int                 # characters of the cut document that are for training, its first ones
+    whole: int              # characters that whole documents alone would have given to validation
+
+
+def split_documents(sizes, share):
+    """Choose documents for validation that together hold a share of all characters.
+
+    sizes: characters of each document, each 1 or more, together 2 or more. Each split gets at least
+    1 character, and at least 2 where there are 4 or more. Documents stay whole where that misses
+    the share by no more than the mean document and a quarter of the smaller split. Otherwise the
+    largest document is cut, its last characters are for validation, and the share is exact."""
+    total = sum(sizes)
+    least = 2 if total >= 4 else 1
+    target = total - int((1 - share) * total)
+    target = min(max(target, least), total - least)
+    whole = _whole_documents(sizes, target, total)
+    characters = _chosen_characters(sizes, whole)
+    missed = abs(characters - target)
+    if missed * len(sizes) <= total and 4 * missed <= min(target, total - target):
+        return Chosen(whole, characters, None, 0, characters)
+    largest = sizes.index(max(sizes))
+    validation = _documents_beside(largest, sizes, target, total)
+    from_largest = target - _chosen_characters(sizes, validation)
+    cut = largest if from_largest else None
+    return Chosen(validation, target, cut, sizes[largest] - from_largest, characters)
+
+
+def _chosen_characters(sizes, validation):
+    return sum(size for size, chosen in zip(sizes, validation) if chosen)
+
+
+def _whole_documents(sizes, target, total):
+    """Return a byte for each document, 1 for validation, spread evenly over all (error diffusion).
+
+    A document is taken where that brings validation nearer to its share of the text so far."""
+    validation = bytearray(len(sizes))
+    owed = 0   # characters that validation still lacks of its share so far, times total
+    for number, size in enumerate(sizes):
+        owed += target * size
+        if 2 * owed >= size * total:
+            validation[number] = 1
+            owed -= size * total
+    return validation
+
+
+def _documents_beside(largest, sizes, target, total):
+    """Return a byte for each document, 1 for validation, where the end of the largest is to follow.
+
+    A document is taken where validation lacks all of it, and where the largest document would not
+    be long enough for what validation lacks. So what is lacking at the end is in the largest."""
+    validation = bytearray(len(sizes))
+    owed = 0   # characters that validation still lacks of its share so far, times total
+    for number, size in enumerate(sizes):
+        if number == largest:
+            continue
+        owed += target * size
+        if owed >= size * total or owed + target * sizes[largest] >= sizes[largest] * total:
+            validation[number] = 1
+            owed -= size * total
+    return validation
 
 
 def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):

@@ -1,17 +1,19 @@
 """
 Your own text to token files.
 
-    python prepare_text.py --input=book.txt --name=mine                   # characters -> data/mine/
-    python prepare_text.py --input=notes/ --name=notes --tokenizer=gpt2   # a folder's .txt, .md, .jsonl
+    python prepare_text.py --input=book.txt --name=mine       # characters -> data/mine/
+    python prepare_text.py --input=notes/ --name=notes        # a folder's .txt, .md and .jsonl
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text
 
-A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl. The
-splits are made of whole documents, spread evenly (a single document is cut, its last part is for
-validation). In the token files <|endoftext|> stands between two documents, a line break where the
-tokenizer has no such token. Each kind of file may be gzipped (.gz).
+A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl.
+Each kind of file may be gzipped (.gz).
 
-Reads the input three times, a little at a time; writes train.bin and val.bin (or shards) and
-meta.json.
+The splits are made of whole documents, spread evenly. Where the documents are too few or too
+unequal for the share, the largest is cut and its last part is for validation. In the token files
+<|endoftext|> stands between two documents, a line break where the tokenizer has no such token.
+
+Reads the input three times, a little at a time; writes train.bin and val.bin (or
+shards) and meta.json.
 """
 import codecs
 import glob
@@ -32,24 +34,34 @@ import data
 from configurator import configure, exit_on_signals, fail
 from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepared
 
-input = ''           # a file, a folder (all its .txt, .md, .jsonl, also .gz of these), or a pattern in quotes
-name = ''            # of the dataset: a folder in data_dir
+input = ''           # a file, a folder (its .txt, .md, .jsonl), or a pattern in quotes
+name = ''            # name of the dataset, a folder in data_dir
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
-field = 'text'       # the one of a .jsonl's lines that holds the text
-val_fraction = 0.1   # share of the documents (of a single one's characters) for validation
+field = 'text'       # name of the field that holds the text in a .jsonl's lines
+val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
 configure(globals())
 
-ENDINGS = ('.txt', '.md', '.jsonl', '.txt.gz', '.md.gz', '.jsonl.gz')   # what a folder's sweep takes
+PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
+ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
 BLOCK = 1 << 20   # bytes read at a time
 AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
+
+
+def note(message):
+    print(f'note: {message}', file=sys.stderr)
 
 
 def stop(message):
     """fail(), with the progress bars out of the way."""
     with tqdm.external_write_mode(file=sys.stderr):
         fail(message)
+
+
+def counted(number, noun):
+    """Return '1 line' or '2 lines'."""
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def check_knobs():
@@ -93,12 +105,12 @@ def find_files(folder):
 # ---- from files to documents ---------------------------------------------------------------------
 
 class Reading:
-    """One reading of the whole input, and what it has passed so far."""
+    """One reading of the whole input, and what it has passed and left out so far."""
 
     def __init__(self, bar):
         self.bar = bar
-        self.bytes = 0   # of all files, unpacked
-        self.digest = hashlib.sha256()   # of the same bytes
+        self.bytes = 0   # bytes of all files, unpacked
+        self.digest = hashlib.sha256()   # hash of the same bytes
 
     def passed(self, block):
         """Count the bytes of a block that has been read."""
@@ -125,7 +137,8 @@ def documents(reading):
 
 def read_file(path, reading):
     """Yield (place, text) for each bit of text, and (place, None) at each document's end."""
-    if path.lower().removesuffix('.gz').endswith('.jsonl'):
+    unpacked = path.lower().removesuffix('.gz')
+    if unpacked.endswith('.jsonl'):
         return read_lines(path, reading)
     return read_plain(path, reading)
 
@@ -158,10 +171,16 @@ def read_plain(path, reading):
 def read_lines(path, reading):
     """Yield the documents of a .jsonl, one a line."""
     for number, line in numbered_lines(path, reading):
-        if line.strip():
-            place = f'{path}, line {number}'
-            yield place, line_text(place, line)
-            yield place, None
+        if not line.strip():
+            continue
+        place = f'{path}, line {number}'
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            stop(f'{place} is not JSON: {error}; '
+                 f'give the file another ending than .jsonl if it is plain text')
+        yield place, record_text(record, place)
+        yield place, None
 
 
 def numbered_lines(path, reading):
@@ -178,33 +197,36 @@ def numbered_lines(path, reading):
     yield number + 1, b''.join(held)
 
 
-def line_text(place, line):
-    """Return the document in a line of a .jsonl; fail for a line without one."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        stop(f'{place} is not JSON: {error}; '
-             f'give the file another ending than .jsonl if it is plain text')
-    text = content.get(field) if isinstance(content, dict) else None
-    if not isinstance(text, str):
-        stop(f'{place}: no field {field!r} with a text; its fields are {kinds_of(content)}; '
-             f'type --field=NAME')
-    return text.encode('utf-8', 'replace').decode()   # JSON can hold half of a surrogate pair
+def record_text(record, place):
+    """Return the text of a record; fail where it has none."""
+    text = record.get(field) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return as_text(text)
+    if isinstance(record, dict) and record:
+        has = ', '.join(f'{key} ({json_kind(value)})' for key, value in record.items())
+        problem = f'{place}: no field {field!r} with a text; its fields are {has[:200]}'
+    else:
+        problem = f'{place}: no field {field!r} with a text, but {json_kind(record)}'
+    stop(f'{problem}; type --field=NAME')
 
 
-def kinds_of(content):
-    """Return a record's fields and their types in words."""
-    if not isinstance(content, dict) or not content:
-        return 'none'
-    kinds = [f'{key} ({type(value).__name__})' for key, value in content.items()]
-    return ', '.join(kinds)[:200]
+def as_text(text):
+    """Return a JSON string as text: it can hold half of a surrogate pair."""
+    return text.encode('utf-8', 'replace').decode()
+
+
+def json_kind(value):
+    """Return the name that JSON has for a value's type."""
+    if value is None:
+        return 'null'
+    names = {dict: 'an object', list: 'a list', str: 'a text', bool: 'true or false'}
+    return names.get(type(value), 'a number')
 
 
 def blocks(path, reading):
     """Yield the bytes of a file, unpacked where it ends with .gz, some at a time."""
-    opened = gzip.open if path.lower().endswith('.gz') else open
     try:
-        with opened(path, 'rb') as f:
+        with open_file(path) as f:
             while block := f.read(BLOCK):
                 reading.passed(block)
                 yield block
@@ -212,65 +234,94 @@ def blocks(path, reading):
         stop(f'{path} cannot be read: {error}; {AGAIN}')
 
 
+def open_file(path):
+    """Return a file opened to read its bytes from the beginning."""
+    if path.lower().endswith('.gz'):
+        return gzip.open(path)
+    return open(path, 'rb')
+
+
 # ---- from documents to splits --------------------------------------------------------------------
 
 @dataclass
 class Survey:
     """What the first reading of the input finds."""
-    sizes: array   # characters of each document
-    symbols: set   # the text's different characters, where --tokenizer=char collects them
-    bytes: int     # of all files, unpacked
-    sha256: str    # of the same bytes
+    sizes: array      # characters of each document
+    largest: str      # place of the largest document, the first one of that size
+    symbols: set      # the text's different characters, where --tokenizer=char collects them
+    reading: Reading  # the reading itself
 
 
 def survey():
     """Read the whole input once, and return what is in it; fail where it holds no text."""
     sizes = array('q')
     symbols = set()
+    largest = ''
+    most = 0   # characters of the largest document
     with tqdm(desc='reading', unit='B', unit_scale=True, leave=False, disable=None) as bar:
         reading = Reading(bar)
-        for number, _, text in documents(reading):
+        for number, place, text in documents(reading):
             if number == len(sizes):
                 sizes.append(0)
             sizes[number] += len(text)
+            if sizes[number] > most:
+                most = sizes[number]
+                largest = place
             if tokenizer == 'char':
                 symbols.update(text)
     if sum(sizes) < 2:
         fail(f'{input} holds no text: {len(paths)} file(s), {sum(sizes)} characters; {AGAIN}')
-    return Survey(sizes, symbols, reading.bytes, reading.digest.hexdigest())
+    return Survey(sizes, largest, symbols, reading)
+
+
+def choose():
+    """Return which documents are for validation; say where one of several is cut."""
+    chosen = data.split_documents(found.sizes, val_fraction)
+    if chosen.cut is not None and len(found.sizes) > 1:
+        size = found.sizes[chosen.cut]
+        whole = 100 * chosen.whole / sum(found.sizes)
+        note(f'the largest document ({found.largest}, {size:,} characters) is cut: its last '
+             f'{size - chosen.at:,} characters are for validation; whole documents would have '
+             f'made it {whole:.3g} % of the text instead of {100 * val_fraction:.3g} %')
+    return chosen
 
 
 def split_text(split, bar):
     """Yield the text of one split, with a separator between its documents."""
-    number_of_documents = len(found.sizes)
-    for_validation = max(1, round(val_fraction * number_of_documents))   # documents
-    characters = sum(found.sizes)
-    cut = min(max(1, int((1 - val_fraction) * characters)), characters - 1)
     last = None   # number of the document that the split's text so far ends with
-    at = 0   # characters so far, where a single document is cut
-    for number, _, text in documents(Reading(bar)):
-        if number_of_documents == 1:
-            left = max(0, cut - at)
+    at = 0        # characters of the cut document so far
+    reading = Reading(bar)
+    for number, _, text in documents(reading):
+        if number >= len(found.sizes):
+            break
+        if number == chosen.cut:
+            for_training = max(0, chosen.at - at)
             at += len(text)
-            text = text[:left] if split == 'train' else text[left:]
-        else:
-            before = number * for_validation // number_of_documents
-            after = (number + 1) * for_validation // number_of_documents
-            if (before != after) != (split == 'val'):
-                continue
+            text = text[:for_training] if split == 'train' else text[for_training:]
+        elif chosen.validation[number] != (split == 'val'):
+            continue
+        if not text:
+            continue
         if last not in (None, number):
             yield separator
         yield text
         last = number
+    if reading.digest.digest() != found.reading.digest.digest():
+        stop(f'{input} changed while it was read; type the same command again')
 
 
 def write_splits():
     """Write both splits into the dataset's folder; return its meta.json."""
-    source = dict(name=input, url=None, sha256=found.sha256, stand_in=False, files=len(paths),
+    total_bytes = found.reading.bytes
+    source = dict(name=input, url=None,
+                  sha256=found.reading.digest.hexdigest(), stand_in=False, files=len(paths),
                   documents=len(found.sizes))
-    noun = 'document' if len(found.sizes) == 1 else 'documents'
-    more = f'; of {len(found.sizes):,} {noun}, {found.bytes:,} bytes'
-    with tqdm(desc='tokenizing', total=2 * found.bytes, unit='B', unit_scale=True, leave=False,
+    more = f'; of {counted(len(found.sizes), "document")}, {counted(total_bytes, "byte")}'
+    if len(found.sizes) == 1:
+        more += f', its last {chosen.characters:,} characters for validation'
+    elif chosen.cut is None:
+        more += f', {sum(chosen.validation):,} of them for validation'
+    with tqdm(desc='tokenizing', total=2 * total_bytes, unit='B', unit_scale=True, leave=False,
               disable=None) as bar:
         splits = {split: encode_all(vocabulary, pieces(split_text(split, bar)))
                   for split in ('train', 'val')}
@@ -297,14 +348,15 @@ The first command trains for at most five minutes. For a longer run, add --max_i
 # ---- the story -----------------------------------------------------------------------------------
 
 folder = check_knobs()
-paths = find_files(folder)
 exit_on_signals()   # a signal removes what is half-written
 vocabulary = make_tokenizer(tokenizer, '?')   # before the text is read: it may have to be fetched
+paths = find_files(folder)
 found = survey()
 if tokenizer == 'char':
     if len(found.sizes) > 1:
         found.symbols.add('\n')   # stands between documents
     vocabulary = make_tokenizer('char', ''.join(sorted(found.symbols)))
 separator = '\n' if vocabulary.end is None else data.END_OF_TEXT
+chosen = choose()
 meta = write_splits()
 print_commands()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -182,10 +183,10 @@ def test_shards_and_a_dataset_made_anew(folder, script):
 
 @pytest.mark.parametrize('write, flags, words', [
     ({}, [], ['--input', 'nothing']), ({'nothing': None}, [], ['no file that ends with', '.jsonl']),
-    ({'nothing': b'\xff\xfe\xff'}, [], ['not UTF-8', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
+    ({'nothing': b'caf\xe9'}, [], ['not UTF-8', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
     ({'nothing': b''}, [], ['no text']), ({'nothing': END_OF_TEXT.encode() * 3}, [], ['no text']), ({'nothing': b'x'}, [], ['no text']),
     ({'a.jsonl': b'{"text": "a"}\n\n{"body": "b"}\n'}, ['--input=a.jsonl'], ['line 3', "'text'", 'body', '--field']),
-    ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', 'text (int)', '--field']),
+    ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', 'text (a number)', '--field']),
     ({'a.jsonl': b'{"text": "a"}\n[1]\n'}, ['--input=a.jsonl'], ['line 2']), ({'a.jsonl': b'{"text": "a"}\n{"text'}, ['--input=a.jsonl'], ['line 2']),
     ({'a.jsonl': b'[' * 100_000}, ['--input=a.jsonl'], ['line 1']), ({'a.jsonl': b'{"text": "\xff"}'}, ['--input=a.jsonl'], ['line 1']),
     ({'a.txt.gz': b'no gzip'}, ['--input=a.txt.gz'], ['a.txt.gz']), ({'a.txt.gz': gzip.compress(b'x' * 9999)[:-9]}, ['--input=a.txt.gz'], ['a.txt.gz']),
@@ -220,7 +221,7 @@ def test_half_of_a_surrogate_pair(folder, script):
     Path('a.jsonl').write_text('{"text": "ab\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
     for tokenizer in ('char', 'byte'):
         assert script('prepare_text.py', '--input=a.jsonl', '--name=mine', f'--tokenizer={tokenizer}').code == 0
-        assert (read('mine', 'train'), read('mine', 'val')) == ('ab?', '😀')
+        assert (read('mine', 'train'), read('mine', 'val')) == ('a\n😀', 'b?')   # four characters, two for each split
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -294,3 +295,91 @@ def test_the_commands_it_prints(folder, script):
     tiny = ['--max_iters=2', '--n_layer=1', '--n_embd=8', '--n_head=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu']
     assert script(*train, *tiny).code == 0
     assert len(script(*sample, '--max_new_tokens=9', '--device=cpu').out) > 9
+
+
+# ---- the share for validation --------------------------------------------------------------------
+
+def validation_characters(sizes, chosen):
+    """Return how many characters a choice gives to validation, and check that it is possible."""
+    characters = sum(size for size, taken in zip(sizes, chosen.validation) if taken)
+    if chosen.cut is not None:
+        assert not chosen.validation[chosen.cut] and sizes[chosen.cut] == max(sizes)
+        assert 1 <= chosen.at < sizes[chosen.cut]
+        characters += sizes[chosen.cut] - chosen.at
+    return characters
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.one_of(st.integers(1, 4), st.integers(1, 10**6)), min_size=1, max_size=40)
+       .filter(lambda sizes: sum(sizes) >= 2),
+       st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.1, 0.5, 0.9, 1e-9, 1 - 1e-9])))
+def test_the_share_is_within_a_document_or_exact(sizes, share):
+    chosen = data.split_documents(array('q', sizes), share)
+    total = sum(sizes)
+    characters = validation_characters(sizes, chosen)
+    least = 2 if total >= 4 else 1
+    target = min(max(share * total, least), total - least)
+    assert len(chosen.validation) == len(sizes) and characters == chosen.characters
+    assert least <= characters <= total - least
+    if chosen.cut is None:
+        assert abs(characters - target) <= min(total / len(sizes), min(target, total - target) / 4) + 2
+    else:
+        assert abs(characters - target) <= 1
+
+
+@pytest.mark.parametrize('sizes, share, taken, cut, at', [
+    ([100] * 10, 0.1, [4], None, 0), ([100] * 20, 0.1, [4, 14], None, 0), ([100] * 4, 0.5, [0, 2], None, 0),
+    ([1000], 0.1, [], 0, 900), ([3], 0.1, [], 0, 2), ([4], 0.1, [], 0, 2), ([10], 0.999, [], 0, 2),
+    ([96, 288_910 - 96], 0.1, [], 1, 259_923), ([2000, 1_115_394, 2000, 2000], 0.1, [], 1, 1_003_254),
+    ([12, 10], 0.9, [1], 0, 2)])   # the largest alone would be too short for what validation is owed
+def test_choice_of_documents(sizes, share, taken, cut, at):
+    chosen = data.split_documents(array('q', sizes), share)
+    assert [i for i, byte in enumerate(chosen.validation) if byte] == taken
+    assert (chosen.cut, chosen.at) == (cut, at)
+
+
+@pytest.mark.parametrize('kind', ['notes', 'readme', 'title', 'jsonl'])
+def test_val_fraction_is_a_share_of_the_text(folder, script, kind):
+    """A long document among short ones is cut, and that is said with its name."""
+    book = ''.join(f'{i} and so on. ' for i in range(2000))
+    os.mkdir('in')
+    if kind == 'title':
+        Path('in/book.txt').write_text('A long book' + END_OF_TEXT + book)
+    elif kind == 'jsonl':
+        lines = [json.dumps(dict(text=text)) for text in ('short', book, 'another')]
+        Path('in/web.jsonl').write_text('\n'.join(lines))
+    else:
+        Path('in/book.txt').write_text(book)
+        for i in range(3 if kind == 'notes' else 1):
+            Path(f'in/a{i}.txt').write_text(f'note {i}' * 16)
+    result = script('prepare_text.py', '--input=in', '--name=mine')
+    train, val = read('mine', 'train'), read('mine', 'val')
+    assert result.code == 0 and len(val) == pytest.approx(0.1 * (len(train) + len(val)), abs=5)
+    assert book.endswith(val)
+    note, = (line for line in result.err.splitlines() if line.startswith('note: '))
+    where = 'in/web.jsonl, line 2' if kind == 'jsonl' else 'in/book.txt'
+    assert f'the largest document ({where}, {len(book):,} characters) is cut' in note
+    assert f'its last {len(val):,} characters are for validation' in note and 'instead of 10 %' in note
+
+
+def test_what_was_done_is_said(folder, script):
+    Path('a.txt').write_text(END_OF_TEXT.join(['ten letter'] * 20))
+    assert '20 documents, 447 bytes, 2 of them for validation' in script('prepare_text.py', '--input=a.txt', '--name=mine').err
+    Path('a.txt').write_text('ten letter' * 20)
+    said = script('prepare_text.py', '--input=a.txt', '--name=mine').err
+    assert '1 document, 200 bytes, its last 20 characters for validation' in said and 'note: the largest' not in said
+
+
+# ---- other inputs --------------------------------------------------------------------------------
+
+def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
+    Path('a.txt').write_text('some text ' * 100)
+    real = data.split_documents
+
+    def choose(*given):
+        with open('a.txt', 'a') as f:
+            f.write(END_OF_TEXT + 'more')
+        return real(*given)
+    monkeypatch.setattr(data, 'split_documents', choose)
+    refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['a.txt changed while it was read'])
+    assert not os.path.exists('data/mine')
