@@ -6,7 +6,8 @@ Your own text to token files.
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text
 
 A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl.
-Each kind of file may be gzipped (.gz).
+Each kind of file may be gzipped (.gz). A folder's hidden files are skipped; links are followed, and
+a file is read once.
 
 The splits are made of whole documents, spread evenly. Where the documents are too few or too
 unequal for the share, the largest is cut and its last part is for validation. In the token files
@@ -26,6 +27,7 @@ import shlex
 import sys
 import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -46,6 +48,7 @@ configure(globals())
 PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
 ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
 BLOCK = 1 << 20   # bytes read at a time
+SHOWN = 10   # paths or endings that a message lists
 AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
 
 
@@ -62,6 +65,13 @@ def stop(message):
 def counted(number, noun):
     """Return '1 line' or '2 lines'."""
     return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
+
+
+def listed(words):
+    """Return the first words with commas between them, and how many others there are."""
+    if len(words) <= SHOWN:
+        return ', '.join(words)
+    return ', '.join(words[:SHOWN]) + f' and {len(words) - SHOWN:,} more'
 
 
 def check_knobs():
@@ -81,25 +91,100 @@ def check_knobs():
 # ---- which files ---------------------------------------------------------------------------------
 
 def find_files(folder):
-    """Return the paths of the input's files, sorted; fail where one is in the dataset's folder."""
+    """Return the paths of the input's files, sorted; fail where one is in the dataset's folder.
+
+    A file that several names lead to is in the list once, under the first of them."""
+    unread = []   # paths that cannot be read, each with the reason
     if os.path.isdir(input):
-        found = glob.glob(os.path.join(glob.escape(input), '**', '*'), recursive=True)
-        paths = [path for path in found if path.lower().endswith(ENDINGS) and os.path.isfile(path)]
-        if not paths:
-            fail(f'{input} has no file that ends with {", ".join(ENDINGS)}; '
-                 f'type --input=FILE for one with another ending')
-    elif os.path.isfile(input):
-        paths = [input]
+        candidates = folder_files(input, unread)
+        nothing = (f'{input} has no file that ends with {", ".join(ENDINGS)}; '
+                   f'type --input=FILE for one with another ending')
     else:
-        paths = [path for path in glob.glob(input, recursive=True) if os.path.isfile(path)]
-        if not paths:
-            fail(f'--input={input}: there is no such file, folder or match of a pattern '
-                 f'(in quotes: "texts/*.txt"); {AGAIN}')
+        candidates = [input] if os.path.isfile(input) else matches(input, unread)
+        nothing = (f'--input={input}: there is no such file, folder or match of a pattern '
+                   f'(in quotes: "texts/*.txt"); {AGAIN}')
+    once = {}   # real path -> path
+    for path in sorted(set(candidates)):
+        if os.path.isfile(path):
+            once.setdefault(os.path.realpath(path), path)
+        elif os.path.islink(path) and not os.path.exists(path):
+            unread.append(f'{path} (a link to what is not there)')
+    if unread:
+        note(f'{counted(len(unread), "path")} could not be read: {listed(unread)}')
+    if not once:
+        fail(nothing)
     inside = os.path.realpath(folder) + os.sep
-    if any(os.path.realpath(path).startswith(inside) for path in paths):
+    if any(real.startswith(inside) for real in once):
         fail(f'{folder} holds the input and would be written to; '
              f'type --name for another, or move the input')
-    return sorted(paths)
+    return list(once.values())
+
+
+def folder_files(top, unread):
+    """Return the paths in a folder that end as text does; say how many others there are."""
+    paths = []
+    left_out = Counter()
+    for folder, entries in folders_under(top, unread):
+        for entry in entries:
+            path = os.path.join(folder, entry)
+            if entry.lower().endswith(ENDINGS) or not os.path.exists(path):
+                paths.append(path)
+            elif os.path.isfile(path):
+                left_out[ending_of(entry)] += 1
+    if left_out:
+        total = counted(sum(left_out.values()), 'file')
+        was = 'was' if left_out.total() == 1 else 'were'
+        endings = [f'{ending} {n:,}' for ending, n in left_out.most_common()]
+        message = f'{total} {was} left out because of their ending: {listed(endings)}'
+        note(message)
+    return paths
+
+
+def ending_of(entry):
+    """Return a file's ending with its dot, two of them where the last is .gz, or 'none'."""
+    stem, ending = os.path.splitext(entry.lower())
+    if ending == '.gz':
+        ending = os.path.splitext(stem)[1] + ending
+    return ending or 'none'
+
+
+def folders_under(top, unread):
+    """Yield (folder, names of its files) for a folder and all below it, hidden ones apart.
+
+    Links are followed, but no folder is entered twice, so a loop of links comes to an end."""
+    entered = {os.path.realpath(top)}
+
+    def cannot_enter(error):
+        unread.append(f'{error.filename} ({error.strerror})')
+    for folder, inner, entries in os.walk(top, onerror=cannot_enter, followlinks=True):
+        chosen = []
+        for entry in sorted(inner):
+            real = os.path.realpath(os.path.join(folder, entry))
+            if not entry.startswith('.') and real not in entered:
+                entered.add(real)
+                chosen.append(entry)
+        inner[:] = chosen   # os.walk enters these
+        yield folder, [entry for entry in entries if not entry.startswith('.')]
+
+
+def matches(pattern, unread):
+    """Return the paths that a pattern stands for.
+
+    glob alone would follow loops of links at each **, so its folders come from folders_under."""
+    parts = pattern.replace(os.sep, '/').split('/')
+    if '**' not in parts:
+        return glob.glob(pattern)
+    at = parts.index('**')
+    before = '/'.join(parts[:at]) + '/'
+    after = '/'.join(parts[at + 1:]) or '*'
+    tops = glob.glob(before) if at else [os.curdir]
+    paths = []
+    for top in tops:
+        for folder, _ in folders_under(top, unread):
+            here = folder.removeprefix(os.curdir + os.sep) if not at else folder
+            start = '' if here == os.curdir else glob.escape(here)
+            paths += matches(os.path.join(start, after), unread)
+    return paths
 
 
 # ---- from files to documents ---------------------------------------------------------------------

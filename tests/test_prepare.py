@@ -370,6 +370,79 @@ def test_what_was_done_is_said(folder, script):
     assert '1 document, 200 bytes, its last 20 characters for validation' in said and 'note: the largest' not in said
 
 
+# ---- files, links and endings --------------------------------------------------------------------
+
+POSIX = pytest.mark.skipif(os.name == 'nt', reason='symbolic links need a privilege there, processes have no signal 0')
+
+
+@pytest.fixture
+def three(folder):
+    """in/ with three documents of 40 characters, one of them in a folder."""
+    os.makedirs('in/deeper')
+    for i, name in enumerate(['in/chat.txt', 'in/more.txt', 'in/deeper/last.txt']):
+        Path(name).write_text(f'{i}' * 40)
+    return folder
+
+
+@POSIX
+@pytest.mark.parametrize('kind', ['folder', 'pattern', 'nested pattern'])
+def test_a_file_is_read_once_whatever_links_to_it(three, script, kind):
+    os.symlink('chat.txt', 'in/latest.txt')
+    os.symlink('.', 'in/loop')
+    os.symlink('..', 'in/deeper/up')
+    os.symlink('more.txt', 'in/a.txt')
+    given = dict(folder='in', pattern='in/**/*.txt').get(kind, '**/**/*.txt')
+    assert script('prepare_text.py', f'--input={given}', '--name=mine').code == 0
+    assert Dataset('mine').meta['source']['files'] == Dataset('mine').meta['source']['documents'] == 3
+    both = read('mine', 'train') + read('mine', 'val')
+    assert [both.count(digit) for digit in '012'] == [40, 40, 40]
+
+
+@POSIX
+def test_a_link_to_a_folder_elsewhere_is_followed(three, script):
+    os.mkdir('elsewhere')
+    Path('elsewhere/far.txt').write_text('3' * 40)
+    for name in ('in/link', 'in/second link'):
+        os.symlink('../elsewhere', name)
+    for what in ('in', 'in/**/*.txt'):
+        assert script('prepare_text.py', f'--input={what}', '--name=mine').code == 0
+        assert Dataset('mine').meta['source']['documents'] == 4
+
+
+@POSIX
+@pytest.mark.parametrize('given', ['in', 'in/**/*.txt'])
+def test_what_cannot_be_entered_is_said(three, script, monkeypatch, given):
+    os.mkdir('in/locked')
+    os.symlink('nowhere', 'in/gone.txt')
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).rstrip('/').endswith('locked'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    result = script('prepare_text.py', f'--input={given}', '--name=mine')
+    note, = (line for line in result.err.splitlines() if line.startswith('note: 2 '))
+    assert 'in/locked (Permission denied)' in note and 'in/gone.txt (a link to what is not there)' in note
+    assert result.code == 0 and Dataset('mine').meta['source']['documents'] == 3
+
+
+@POSIX
+def test_nothing_left_is_an_error(folder, refused):
+    os.mkdir('in')
+    os.symlink('nowhere', 'in/gone.txt')
+    refused('prepare_text.py', '--input=in', '--name=mine', words=['in has no file that ends with'])
+    refused('prepare_text.py', '--input=in/*.txt', '--name=mine', words=['in/*.txt', 'match'])
+    assert not os.path.exists('data')
+
+
+def test_endings_left_out_are_counted(three, script):
+    for name in ('a.pdf', 'b.PDF', 'deeper/c.pdf', 'd.json', 'Makefile'):
+        Path('in', name).write_text('x')
+    said = script('prepare_text.py', '--input=in', '--name=mine').err
+    assert ('note: 5 files were left out because of their ending: .pdf 3, .json 1, none 1\n') in said
+
+
 # ---- other inputs --------------------------------------------------------------------------------
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
