@@ -392,6 +392,7 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     meta = dict(format=1, tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, dtype=dtype, splits={}, source=source)
     os.makedirs(folder, exist_ok=True)
+    _remove_stale_parts(folder)
     part = os.path.join(folder, f'{{}}.{os.getpid()}.part')
     try:
         for split, chunks in splits.items():
@@ -410,6 +411,31 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
         with contextlib.suppress(OSError):
             os.rmdir(folder)   # if nothing is in it
     return meta
+
+
+def _remove_stale_parts(folder):
+    """Remove the parts of token files that a process left behind when it was killed.
+
+    The name of a part holds the number of its process. A part without one is a download's, which
+    is taken up again."""
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.part')):
+        named = re.search(r'\.(\d+)\.part$', path)
+        if named and not _is_running(int(named[1])):
+            with contextlib.suppress(OSError):   # on Windows an open file cannot be removed
+                os.remove(path)
+
+
+def _is_running(pid):
+    """Return whether there is a process of that number, False where the system cannot tell."""
+    if os.name != 'posix':   # on Windows os.kill(pid, 0) would send Ctrl-C
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True   # another user's
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _write_split(part, split, chunks, dtype, shard_tokens):

@@ -443,6 +443,27 @@ def test_endings_left_out_are_counted(three, script):
     assert ('note: 5 files were left out because of their ending: .pdf 3, .json 1, none 1\n') in said
 
 
+# ---- parts of a dataset --------------------------------------------------------------------------
+
+@POSIX
+def test_parts_of_ended_processes_are_removed(folder, script):
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    running = subprocess.Popen(['sleep', '60'])
+    try:
+        os.makedirs('data/mine')
+        stale = [f'train_000.bin.{ended.pid}.part', 'val.bin.99999999999999999999.part']
+        kept = [f'train_000.bin.{running.pid}.part', 'input.txt.part']
+        for name in stale + kept:
+            Path('data/mine', name).write_text('x')
+        Path('a.txt').write_text('some text ' * 100)
+        assert script('prepare_text.py', '--input=a.txt', '--name=mine').code == 0
+    finally:
+        running.kill()
+        running.wait()
+    assert sorted(os.listdir('data/mine')) == sorted(['meta.json', 'train.bin', 'val.bin', *kept])
+
+
 # ---- other inputs --------------------------------------------------------------------------------
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
