@@ -388,7 +388,9 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
 
     source: dict(name, url, sha256, stand_in) of the text. A split of more than shard_tokens becomes several files. No file
     gets its name before all are written, and meta.json with their hashes comes first: interrupted at any instant, the folder
-    holds what it held, or something that is noticed."""
+    holds what it held, or something that is noticed.
+
+    Raises ValueError for a split that is too short to train on."""
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     meta = dict(format=1, tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, dtype=dtype, splits={}, source=source)
     os.makedirs(folder, exist_ok=True)
@@ -397,6 +399,11 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
     try:
         for split, chunks in splits.items():
             meta['splits'][split] = _write_split(part, split, chunks, '<u2' if dtype == 'uint16' else '<u4', shard_tokens)
+        for split, info in meta['splits'].items():
+            if info['tokens'] < 2:   # a token and the next one, which is its target
+                noun = 'token' if info['tokens'] == 1 else 'tokens'
+                raise ValueError(f'the {split} split has {info["tokens"]} {noun}, '
+                                 f'and a model needs 2 or more')
         with open(part.format('meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
         names = ['meta.json'] + [name for info in meta['splits'].values() for name in info['sha256']]
@@ -470,6 +477,8 @@ def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, 
         meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
     except OSError as error:
         fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
+    except ValueError as error:
+        fail(f'{folder} is not written: {error}; type --input=FILE for a longer text')
     counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
                        for split, info in meta['splits'].items())
     print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}', file=sys.stderr)

@@ -417,17 +417,21 @@ def write_splits():
 
 def print_commands():
     """Print the commands that train on the dataset and sample from the model."""
-    where = ''
+    dataset = f'--dataset={name}'
     if data_dir != 'data':
-        where = f' --data_dir={shlex.quote(data_dir)}'
-    if min(info['tokens'] for info in meta['splits'].values()) <= 65:
-        print('note: so little text needs a smaller --block_size, or a larger --val_fraction',
-              file=sys.stderr)
+        dataset += f' --data_dir={shlex.quote(data_dir)}'
+    flags = dataset
+    longest = min(meta['splits']['train']['tokens'], shard_tokens)   # tokens of a training file
+    if longest <= 256:   # the config's block_size is 64 on a CPU and 256 on a GPU
+        block_size = min(64, longest - 1)
+        flags += f' --block_size={block_size}'
+        note(f'a context must be shorter than the {longest:,} tokens for training: '
+             f'the command below sets it to {counted(block_size, "token")}')
     print(f"""now type
-    python train.py config/train_shakespeare_char.py --dataset={name}{where} --out_dir=out-{name} --max_minutes=5
+    python train.py config/train_shakespeare_char.py {flags} --out_dir=out-{name} --max_minutes=5
     python sample.py --out_dir=out-{name}
-The first command trains for at most five minutes. For a longer run, add --max_iters=20000 --max_minutes=30 to it.""",
-          file=sys.stderr)
+The first command trains for at most five minutes. For a longer run, add --max_iters=20000 \
+--max_minutes=30 to it.""", file=sys.stderr)
 
 
 # ---- the story -----------------------------------------------------------------------------------

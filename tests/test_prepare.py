@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -464,6 +465,17 @@ def test_parts_of_ended_processes_are_removed(folder, script):
     assert sorted(os.listdir('data/mine')) == sorted(['meta.json', 'train.bin', 'val.bin', *kept])
 
 
+@pytest.mark.parametrize('flags', [[], ['--val_fraction=0.001'], ['--tokenizer=gpt2', '--val_fraction=0.5']])
+def test_a_split_too_short_to_train_on(folder, refused, script, gpt2_files, flags):
+    """Refused, and the older dataset is as it was."""
+    Path('a.txt').write_text('the old text ' * 10)
+    script('prepare_text.py', '--input=a.txt', '--name=mine')
+    before = {path.name: path.read_bytes() for path in Path('data/mine').iterdir()}
+    Path('b.txt').write_text('abc' if len(flags) < 2 else 'once')
+    refused('prepare_text.py', '--input=b.txt', '--name=mine', *flags, words=['data/mine', '1 token', '--input=FILE'])
+    assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir()} == before
+
+
 # ---- other inputs --------------------------------------------------------------------------------
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
@@ -477,3 +489,20 @@ def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
     monkeypatch.setattr(data, 'split_documents', choose)
     refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['a.txt changed while it was read'])
     assert not os.path.exists('data/mine')
+
+
+# ---- what it says at the end ---------------------------------------------------------------------
+
+@pytest.mark.parametrize('characters, flags, block_size', [
+    (200, [], 64), (60, [], 53), (10, [], 7), (4, [], 1), (10_000, ['--val_fraction=0.999'], 9), (3000, [], None),
+    (2600, ['--shard_tokens=1000'], None)])
+def test_the_commands_work_however_short_the_text_is(folder, script, characters, flags, block_size):
+    Path('a.txt').write_text(('the miller said to his wife, ' * 400)[:characters])
+    said = script('prepare_text.py', '--input=a.txt', '--name=mine', *flags).err
+    train, sample = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith('    python ')]
+    assert [flag for flag in train if 'block_size' in flag] == ([f'--block_size={block_size}'] if block_size else [])
+    assert ('note: ' in said) == bool(block_size) and 'val_fraction' not in said
+    tiny = ['--max_iters=2', '--n_layer=1', '--n_embd=8', '--n_head=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu']
+    done = script(*train, *tiny)
+    assert done.code == 0, done.err
+    assert len(script(*sample, '--max_new_tokens=9', '--device=cpu').out) > 5
