@@ -471,14 +471,37 @@ def _write_split(part, split, chunks, dtype, shard_tokens):
     return dict(info, sha256={name: digest.hexdigest() for name, digest in digests.items()})
 
 
+def _meta_text(folder):
+    """Return what a folder's meta.json holds, '' for token files without one, None without any."""
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            return f.read()
+    except (OSError, ValueError):
+        return '' if _shards(folder, 'train') or _shards(folder, 'val') else None
+
+
+def _in_words(meta_text):
+    """Return a dataset's tokenizer, size and source, as a note names what was replaced."""
+    try:
+        meta = json.loads(meta_text)
+        tokens = meta['splits']['train']['tokens']
+        return (f'dataset that was there: {meta["tokenizer"]["kind"]}, {tokens:,} training tokens, '
+                f'from {meta["source"]["name"]}')
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 'token files that were there'
+
+
 def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, more=''):
     """write_dataset for a prepare script, which says what came of it; fails where it cannot be written."""
+    before = _meta_text(folder)
     try:
         meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
     except OSError as error:
         fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
     except ValueError as error:
         fail(f'{folder} is not written: {error}; type --input=FILE for a longer text')
+    if before not in (None, _meta_text(folder)):
+        print(f'note: {folder} replaces the {_in_words(before)}', file=sys.stderr)
     counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
                        for split, info in meta['splits'].items())
     print(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}', file=sys.stderr)

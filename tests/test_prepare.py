@@ -476,6 +476,18 @@ def test_a_split_too_short_to_train_on(folder, refused, script, gpt2_files, flag
     assert {path.name: path.read_bytes() for path in Path('data/mine').iterdir()} == before
 
 
+def test_a_dataset_that_is_replaced_is_said(folder, script):
+    Path('a.txt').write_text('some text ' * 1000)
+    assert 'replaces' not in script('prepare_text.py', '--input=a.txt', '--name=mine').err
+    assert 'replaces' not in script('prepare_text.py', '--input=a.txt', '--name=mine').err   # the same again
+    said = script('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=byte').err
+    assert ('note: data/mine replaces the dataset that was there: char, 9,000 training tokens, '
+            'from a.txt\n') in said
+    Path('data/mine/meta.json').write_text('[3]')
+    said = script('prepare_text.py', '--input=a.txt', '--name=mine').err
+    assert 'note: data/mine replaces the token files that were there\n' in said
+
+
 # ---- other inputs --------------------------------------------------------------------------------
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
