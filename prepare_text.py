@@ -6,8 +6,8 @@ Your own text to token files.
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text
 
 A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl.
-Each kind of file may be gzipped (.gz). A folder's hidden files are skipped; links are followed, and
-a file is read once.
+Each kind of file may be gzipped (.gz). Text is UTF-8, or UTF-16 or UTF-32 with a byte
+order mark. A folder's hidden files are skipped; links are followed, and a file is read once.
 
 The splits are made of whole documents, spread evenly. Where the documents are too few or too
 unequal for the share, the largest is cut and its last part is for validation. In the token files
@@ -47,6 +47,9 @@ configure(globals())
 
 PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
 ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
+# UTF-32's little-endian mark begins with UTF-16's, and therefore comes first
+MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 BLOCK = 1 << 20   # bytes read at a time
 SHOWN = 10   # paths or endings that a message lists
 AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
@@ -230,10 +233,10 @@ def read_file(path, reading):
 
 def read_plain(path, reading):
     """Yield the documents of a plain text file, which <|endoftext|> stands between."""
-    decoder = codecs.getincrementaldecoder('utf-8-sig')()
+    decoder = codecs.getincrementaldecoder('utf-8')()
     held = ''
     before = 0   # bytes before the block
-    for block in itertools.chain(blocks(path, reading), [b'']):
+    for block in itertools.chain(utf8_blocks(path, reading), [b'']):
         try:
             held += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -272,7 +275,7 @@ def numbered_lines(path, reading):
     """Yield (number, bytes of the line), from 1, a line in memory at a time."""
     number = 0
     held = []   # the parts of a line whose end has not been read
-    for block in blocks(path, reading):
+    for block in utf8_blocks(path, reading):
         first, *others = block.split(b'\n')
         held.append(first)
         for other in others:
@@ -306,6 +309,27 @@ def json_kind(value):
         return 'null'
     names = {dict: 'an object', list: 'a list', str: 'a text', bool: 'true or false'}
     return names.get(type(value), 'a number')
+
+
+def utf8_blocks(path, reading):
+    """Yield the bytes of a file as UTF-8 without a byte order mark, some at a time."""
+    raw = blocks(path, reading)
+    first = next(raw, b'')
+    encoding = next((MARKS[mark] for mark in MARKS if first.startswith(mark)), None)
+    if encoding is None:
+        yield first.removeprefix(codecs.BOM_UTF8)
+        yield from raw
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    for block in itertools.chain([first], raw, [b'']):
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            stop(f'{path} begins with the mark of {encoding.upper()} and is not {encoding.upper()} '
+                 f'({error.reason}); convert it first: '
+                 f'iconv -c -f {encoding} -t utf-8 {shlex.quote(path)} > FILE')
+        if text:
+            yield text.encode()
 
 
 def blocks(path, reading):

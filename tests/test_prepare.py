@@ -184,7 +184,7 @@ def test_shards_and_a_dataset_made_anew(folder, script):
 
 @pytest.mark.parametrize('write, flags, words', [
     ({}, [], ['--input', 'nothing']), ({'nothing': None}, [], ['no file that ends with', '.jsonl']),
-    ({'nothing': b'caf\xe9'}, [], ['not UTF-8', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
+    ({'nothing': b'caf\xe9'}, [], ['not UTF-8', 'iconv']), ({'nothing': b'\xff\xfe\xff'}, [], ['not UTF-16', 'iconv']), ({'nothing': 'ok é'.encode() * 300_000 + b'\xe2\x82'}, [], ['not UTF-8']),
     ({'nothing': b''}, [], ['no text']), ({'nothing': END_OF_TEXT.encode() * 3}, [], ['no text']), ({'nothing': b'x'}, [], ['no text']),
     ({'a.jsonl': b'{"text": "a"}\n\n{"body": "b"}\n'}, ['--input=a.jsonl'], ['line 3', "'text'", 'body', '--field']),
     ({'a.jsonl': b'{"text": "a"}\n{"text": 5}'}, ['--input=a.jsonl'], ['line 2', 'text (a number)', '--field']),
@@ -489,6 +489,21 @@ def test_a_dataset_that_is_replaced_is_said(folder, script):
 
 
 # ---- other inputs --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-be'])
+@pytest.mark.parametrize('ending', ['txt', 'jsonl', 'txt.gz'])
+def test_wide_encodings_with_a_mark(folder, script, encoding, ending):
+    """UTF-16 and UTF-32 as editors and shells on Windows write them."""
+    text = 'Größe 二 🎉 ' * 50
+    content = dict(jsonl=json.dumps(dict(text=text), ensure_ascii=False) + '\n',
+                   json=json.dumps([text], ensure_ascii=False)).get(ending, text)
+    if encoding.endswith('e'):
+        content = '\ufeff' + content
+    raw = content.encode(encoding)
+    Path(f'a.{ending}').write_bytes(gzip.compress(raw) if ending.endswith('gz') else raw)
+    assert script('prepare_text.py', f'--input=a.{ending}', '--name=mine').code == 0
+    assert read('mine', 'train') + read('mine', 'val') == text
+
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
     Path('a.txt').write_text('some text ' * 100)
