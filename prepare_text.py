@@ -3,17 +3,18 @@ Your own text to token files.
 
     python prepare_text.py --input=book.txt --name=mine       # characters -> data/mine/
     python prepare_text.py --input=notes/ --name=notes        # a folder's .txt, .md and .jsonl
-    python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text
+    python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text --skip_bad
+    python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
 
-A document is a text file, a part of one between two <|endoftext|>, or a line of a .jsonl.
-Each kind of file may be gzipped (.gz). Text is UTF-8, or UTF-16 or UTF-32 with a byte
+A document is a text file, a part of one between two <|endoftext|>, a line of a .jsonl or an item of
+a .json. Each kind of file may be gzipped (.gz). Text is UTF-8, or UTF-16 or UTF-32 with a byte
 order mark. A folder's hidden files are skipped; links are followed, and a file is read once.
 
 The splits are made of whole documents, spread evenly. Where the documents are too few or too
 unequal for the share, the largest is cut and its last part is for validation. In the token files
 <|endoftext|> stands between two documents, a line break where the tokenizer has no such token.
 
-Reads the input three times, a little at a time; writes train.bin and val.bin (or
+Reads the input three times, a little at a time (a .json whole); writes train.bin and val.bin (or
 shards) and meta.json.
 """
 import codecs
@@ -39,7 +40,8 @@ from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepare
 input = ''           # a file, a folder (its .txt, .md, .jsonl), or a pattern in quotes
 name = ''            # name of the dataset, a folder in data_dir
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
-field = 'text'       # name of the field that holds the text in a .jsonl's lines
+field = 'text'       # name of the field that holds the text in a .jsonl's or .json's records
+skip_bad = False     # skip lines and items of JSON that hold no text, and count them
 val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
@@ -139,6 +141,10 @@ def folder_files(top, unread):
         was = 'was' if left_out.total() == 1 else 'were'
         endings = [f'{ending} {n:,}' for ending, n in left_out.most_common()]
         message = f'{total} {was} left out because of their ending: {listed(endings)}'
+        for ending in ('.json', '.json.gz'):
+            if ending in left_out:
+                pattern = os.path.join(top, '**', f'*{ending}')
+                message += f'; type --input="{pattern}" for the {ending}'
         note(message)
     return paths
 
@@ -199,12 +205,26 @@ class Reading:
         self.bar = bar
         self.bytes = 0   # bytes of all files, unpacked
         self.digest = hashlib.sha256()   # hash of the same bytes
+        self.skipped = Counter()   # lines and items of JSON without a text
+        self.first_skipped = ''    # where the first one is, and what is wrong with it
 
     def passed(self, block):
         """Count the bytes of a block that has been read."""
         self.bytes += len(block)
         self.digest.update(block)
         self.bar.update(len(block))
+
+    def skip(self, kind, problem, advice):
+        """Count a line or an item that holds no text; fail without --skip_bad."""
+        if not skip_bad:
+            stop(f'{problem}; {advice}, or --skip_bad to go on without such {kind}s')
+        self.skipped[kind] += 1
+        self.first_skipped = self.first_skipped or problem
+
+    def skipped_in_words(self):
+        counts = ' and '.join(counted(n, kind) for kind, n in self.skipped.items())
+        was = 'was' if self.skipped.total() == 1 else 'were'
+        return f'{counts} {was} skipped, the first is {self.first_skipped}'
 
 
 def documents(reading):
@@ -228,6 +248,8 @@ def read_file(path, reading):
     unpacked = path.lower().removesuffix('.gz')
     if unpacked.endswith('.jsonl'):
         return read_lines(path, reading)
+    if unpacked.endswith('.json'):
+        return read_items(path, reading)
     return read_plain(path, reading)
 
 
@@ -265,9 +287,10 @@ def read_lines(path, reading):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            stop(f'{place} is not JSON: {error}; '
-                 f'give the file another ending than .jsonl if it is plain text')
-        yield place, record_text(record, place)
+            reading.skip('line', f'{place} is not JSON: {error}',
+                         'give the file another ending than .jsonl if it is plain text')
+            continue
+        yield place, record_text(record, 'line', place, reading)
         yield place, None
 
 
@@ -285,8 +308,27 @@ def numbered_lines(path, reading):
     yield number + 1, b''.join(held)
 
 
-def record_text(record, place):
-    """Return the text of a record; fail where it has none."""
+def read_items(path, reading):
+    """Yield the documents of a .json: a list of texts, or of records with a field."""
+    try:
+        items = json.loads(b''.join(utf8_blocks(path, reading)))
+    except (ValueError, RecursionError) as error:
+        stop(f'{path} is not JSON: {error}; '
+             f'give the file another ending than .json if it is plain text')
+    if not isinstance(items, list):
+        stop(f'{path} holds {json_kind(items)}; a .json must hold a list of texts or of records '
+             f'with the field {field!r}; type --input=FILE for another file')
+    for number, item in enumerate(items, 1):
+        place = f'{path}, item {number}'
+        if isinstance(item, str):
+            yield place, as_text(item)
+        else:
+            yield place, record_text(item, 'item', place, reading)
+        yield place, None
+
+
+def record_text(record, kind, place, reading):
+    """Return the text of a record, '' for one that is skipped."""
     text = record.get(field) if isinstance(record, dict) else None
     if isinstance(text, str):
         return as_text(text)
@@ -295,7 +337,8 @@ def record_text(record, place):
         problem = f'{place}: no field {field!r} with a text; its fields are {has[:200]}'
     else:
         problem = f'{place}: no field {field!r} with a text, but {json_kind(record)}'
-    stop(f'{problem}; type --field=NAME')
+    reading.skip(kind, problem, 'type --field=NAME')
+    return ''
 
 
 def as_text(text):
@@ -379,7 +422,13 @@ def survey():
             if tokenizer == 'char':
                 symbols.update(text)
     if sum(sizes) < 2:
-        fail(f'{input} holds no text: {len(paths)} file(s), {sum(sizes)} characters; {AGAIN}')
+        skipped = ''
+        if reading.skipped:
+            skipped = f', {reading.skipped_in_words()}'
+        fail(f'{input} holds no text: {len(paths)} file(s), {sum(sizes)} characters{skipped}; '
+             f'{AGAIN}')
+    if reading.skipped:
+        note(reading.skipped_in_words())
     return Survey(sizes, largest, symbols, reading)
 
 

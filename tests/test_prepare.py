@@ -441,7 +441,8 @@ def test_endings_left_out_are_counted(three, script):
     for name in ('a.pdf', 'b.PDF', 'deeper/c.pdf', 'd.json', 'Makefile'):
         Path('in', name).write_text('x')
     said = script('prepare_text.py', '--input=in', '--name=mine').err
-    assert ('note: 5 files were left out because of their ending: .pdf 3, .json 1, none 1\n') in said
+    assert ('note: 5 files were left out because of their ending: .pdf 3, .json 1, none 1; '
+            'type --input="in/**/*.json" for the .json\n') in said
 
 
 # ---- parts of a dataset --------------------------------------------------------------------------
@@ -491,7 +492,7 @@ def test_a_dataset_that_is_replaced_is_said(folder, script):
 # ---- other inputs --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-be'])
-@pytest.mark.parametrize('ending', ['txt', 'jsonl', 'txt.gz'])
+@pytest.mark.parametrize('ending', ['txt', 'jsonl', 'json', 'txt.gz'])
 def test_wide_encodings_with_a_mark(folder, script, encoding, ending):
     """UTF-16 and UTF-32 as editors and shells on Windows write them."""
     text = 'Größe 二 🎉 ' * 50
@@ -503,6 +504,48 @@ def test_wide_encodings_with_a_mark(folder, script, encoding, ending):
     Path(f'a.{ending}').write_bytes(gzip.compress(raw) if ending.endswith('gz') else raw)
     assert script('prepare_text.py', f'--input=a.{ending}', '--name=mine').code == 0
     assert read('mine', 'train') + read('mine', 'val') == text
+
+
+BAD_LINES = ['{"text": "first"}', '{"text": null}', 'no JSON', '{"text": "second, longer"}', '{"body": "x"}', '',
+             '{"text": "third"}']
+
+
+def test_lines_without_a_text(folder, script, refused):
+    Path('web.jsonl').write_text('\n'.join(BAD_LINES))
+    refused('prepare_text.py', '--input=web.jsonl', '--name=mine',
+            words=['web.jsonl, line 2', "'text'", 'null', '--field', '--skip_bad'])
+    Path('two.jsonl').write_text('\n'.join(BAD_LINES[:1] + BAD_LINES[2:]))
+    refused('prepare_text.py', '--input=two.jsonl', '--name=mine', words=['two.jsonl, line 2', 'not JSON', '--skip_bad'])
+    result = script('prepare_text.py', '--input=web.jsonl', '--name=mine', '--skip_bad')
+    assert result.code == 0 and "note: 3 lines were skipped, the first is web.jsonl, line 2: no field 'text'" in result.err
+    assert Dataset('mine').meta['source']['documents'] == 3
+    Path('none.jsonl').write_text('\n'.join(BAD_LINES[1:3]))
+    refused('prepare_text.py', '--input=none.jsonl', '--name=mine', '--skip_bad', words=['none.jsonl holds no text', '2 lines were skipped'])
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_json_lists(folder, script, packed):
+    items = ['a text of its own', dict(text='a record', n=1), dict(text='another ' * 9)]
+    raw = json.dumps(items, indent=1).encode()
+    name = 'a.json.gz' if packed else 'a.json'
+    Path(name).write_bytes(gzip.compress(raw) if packed else raw)
+    for what in (name, 'a.*'):
+        assert script('prepare_text.py', f'--input={what}', '--name=mine').code == 0
+        assert Dataset('mine').meta['source']['documents'] == 3
+        assert 'a text of its own\na record\nanother' in read('mine', 'train') + read('mine', 'val')
+    Path(name).unlink()
+
+
+@pytest.mark.parametrize('content, words', [
+    ('{"text": "a"}', ['a.json', 'list', 'object']), ('3', ['a.json', 'list', 'number']), ('{"text', ['a.json is not JSON']),
+    ('[' * 100_000, ['a.json']), ('["a", 3]', ['a.json, item 2', '--skip_bad']), ('["a", {"text": null}]', ['a.json, item 2', 'null', '--skip_bad']),
+    ('["a", ["b"]]', ['a.json, item 2'])])
+def test_other_json(folder, refused, script, content, words):
+    Path('a.json').write_text(content)
+    refused('prepare_text.py', '--input=a.json', '--name=mine', words=words)
+    Path('b.json').write_text('["abcdefgh", null, {"text": 5}, {"text": "ijkl"}]')
+    result = script('prepare_text.py', '--input=b.json', '--name=mine', '--skip_bad')
+    assert result.code == 0 and 'note: 2 items were skipped, the first is b.json, item 2: ' in result.err
 
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
