@@ -5,6 +5,7 @@ Your own text to token files.
     python prepare_text.py --input=notes/ --name=notes        # a folder's .txt, .md and .jsonl
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text --skip_bad
     python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
+    pdftotext book.pdf - | python prepare_text.py --input=- --name=book     # standard input
 
 A document is a text file, a part of one between two <|endoftext|>, a line of a .jsonl or an item of
 a .json. Each kind of file may be gzipped (.gz). Text is UTF-8, or UTF-16 or UTF-32 with a byte
@@ -25,7 +26,9 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import zlib
 from array import array
 from collections import Counter
@@ -37,7 +40,7 @@ import data
 from configurator import configure, exit_on_signals, fail
 from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepared
 
-input = ''           # a file, a folder (its .txt, .md, .jsonl), or a pattern in quotes
+input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
 name = ''            # name of the dataset, a folder in data_dir
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
 field = 'text'       # name of the field that holds the text in a .jsonl's or .json's records
@@ -52,6 +55,7 @@ ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # 
 # UTF-32's little-endian mark begins with UTF-16's, and therefore comes first
 MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+STDIN = 'standard input'
 BLOCK = 1 << 20   # bytes read at a time
 SHOWN = 10   # paths or endings that a message lists
 AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
@@ -79,6 +83,11 @@ def listed(words):
     return ', '.join(words[:SHOWN]) + f' and {len(words) - SHOWN:,} more'
 
 
+def typed(path):
+    """Return a path as a shell command names it."""
+    return '-' if input == '-' else shlex.quote(path)
+
+
 def check_knobs():
     """Return the dataset's folder; fail for a knob that is not allowed."""
     if not input or not name:
@@ -99,6 +108,8 @@ def find_files(folder):
     """Return the paths of the input's files, sorted; fail where one is in the dataset's folder.
 
     A file that several names lead to is in the list once, under the first of them."""
+    if input == '-':
+        return [STDIN]
     unread = []   # paths that cannot be read, each with the reason
     if os.path.isdir(input):
         candidates = folder_files(input, unread)
@@ -196,6 +207,20 @@ def matches(pattern, unread):
     return paths
 
 
+def spool():
+    """Return standard input as a temporary file: it is read more than once."""
+    if sys.stdin is None:
+        fail('--input=- reads standard input, and there is none; type --input=FILE')
+    file = tempfile.TemporaryFile()
+    try:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+    except OSError as error:
+        fail(f'--input=-: standard input cannot be kept in {tempfile.gettempdir()}: {error}; '
+             f'make room, or type --input=FILE')
+    return file
+
+
 # ---- from files to documents ---------------------------------------------------------------------
 
 class Reading:
@@ -263,7 +288,7 @@ def read_plain(path, reading):
             held += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             stop(f'{path} is not UTF-8 (near byte {before + error.start:,}); convert it first, '
-                 f'if it is Latin-1: iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
+                 f'if it is Latin-1: iconv -f latin1 -t utf-8 {typed(path)} > FILE')
         before += len(block)
         *whole, held = held.split(data.END_OF_TEXT)
         for text in whole:
@@ -370,7 +395,7 @@ def utf8_blocks(path, reading):
         except UnicodeDecodeError as error:
             stop(f'{path} begins with the mark of {encoding.upper()} and is not {encoding.upper()} '
                  f'({error.reason}); convert it first: '
-                 f'iconv -c -f {encoding} -t utf-8 {shlex.quote(path)} > FILE')
+                 f'iconv -c -f {encoding} -t utf-8 {typed(path)} > FILE')
         if text:
             yield text.encode()
 
@@ -388,6 +413,9 @@ def blocks(path, reading):
 
 def open_file(path):
     """Return a file opened to read its bytes from the beginning."""
+    if input == '-':
+        spooled.seek(0)
+        return open(os.dup(spooled.fileno()), 'rb')
     if path.lower().endswith('.gz'):
         return gzip.open(path)
     return open(path, 'rb')
@@ -422,10 +450,11 @@ def survey():
             if tokenizer == 'char':
                 symbols.update(text)
     if sum(sizes) < 2:
+        what = STDIN if input == '-' else input
         skipped = ''
         if reading.skipped:
             skipped = f', {reading.skipped_in_words()}'
-        fail(f'{input} holds no text: {len(paths)} file(s), {sum(sizes)} characters{skipped}; '
+        fail(f'{what} holds no text: {len(paths)} file(s), {sum(sizes)} characters{skipped}; '
              f'{AGAIN}')
     if reading.skipped:
         note(reading.skipped_in_words())
@@ -465,13 +494,14 @@ def split_text(split, bar):
         yield text
         last = number
     if reading.digest.digest() != found.reading.digest.digest():
-        stop(f'{input} changed while it was read; type the same command again')
+        what = STDIN if input == '-' else input
+        stop(f'{what} changed while it was read; type the same command again')
 
 
 def write_splits():
     """Write both splits into the dataset's folder; return its meta.json."""
     total_bytes = found.reading.bytes
-    source = dict(name=input, url=None,
+    source = dict(name=STDIN if input == '-' else input, url=None,
                   sha256=found.reading.digest.hexdigest(), stand_in=False, files=len(paths),
                   documents=len(found.sizes))
     more = f'; of {counted(len(found.sizes), "document")}, {counted(total_bytes, "byte")}'
@@ -513,6 +543,8 @@ folder = check_knobs()
 exit_on_signals()   # a signal removes what is half-written
 vocabulary = make_tokenizer(tokenizer, '?')   # before the text is read: it may have to be fetched
 paths = find_files(folder)
+if input == '-':
+    spooled = spool()
 found = survey()
 if tokenizer == 'char':
     if len(found.sizes) > 1:

@@ -491,6 +491,19 @@ def test_a_dataset_that_is_replaced_is_said(folder, script):
 
 # ---- other inputs --------------------------------------------------------------------------------
 
+def test_standard_input(folder, script, refused):
+    text = 'piped é text ' * 100
+    assert script('prepare_text.py', '--input=-', '--name=mine', stdin=text).code == 0
+    assert read('mine', 'train') + read('mine', 'val') == text
+    assert Dataset('mine').meta['source']['name'] == 'standard input'
+    refused('prepare_text.py', '--input=-', '--name=empty', stdin='', words=['standard input holds no text'])
+
+
+def test_no_standard_input(folder, refused, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    refused('prepare_text.py', '--input=-', '--name=mine', words=['--input=-', '--input=FILE'])
+
+
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-be'])
 @pytest.mark.parametrize('ending', ['txt', 'jsonl', 'json', 'txt.gz'])
 def test_wide_encodings_with_a_mark(folder, script, encoding, ending):
