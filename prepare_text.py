@@ -6,6 +6,10 @@ Your own text to token files.
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text --skip_bad
     python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
     pdftotext book.pdf - | python prepare_text.py --input=- --name=book     # standard input
+    python prepare_text.py --input=more.txt --name=more --tokenizer=FROM:out/best.pt
+
+The last command takes the vocabulary of a model that exists, and train.py --init_from=resume can
+then go on with that model.
 
 A document is a text file, a part of one between two <|endoftext|>, a line of a .jsonl or an item of
 a .json. Each kind of file may be gzipped (.gz). Text is UTF-8, or UTF-16 or UTF-32 with a byte
@@ -42,9 +46,10 @@ from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepare
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
 name = ''            # name of the dataset, a folder in data_dir
-tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
+tokenizer = 'char'   # 'char', 'byte', 'gpt2', or FROM:FILE for the vocabulary of a checkpoint
 field = 'text'       # name of the field that holds the text in a .jsonl's or .json's records
 skip_bad = False     # skip lines and items of JSON that hold no text, and count them
+drop_unknown = False  # drop characters that FROM:FILE's vocabulary lacks, and count them
 val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
@@ -56,8 +61,9 @@ ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # 
 MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 STDIN = 'standard input'
+FROM = 'FROM:'
 BLOCK = 1 << 20   # bytes read at a time
-SHOWN = 10   # paths or endings that a message lists
+SHOWN = 10   # paths, endings or characters that a message lists
 AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
 
 
@@ -232,6 +238,8 @@ class Reading:
         self.digest = hashlib.sha256()   # hash of the same bytes
         self.skipped = Counter()   # lines and items of JSON without a text
         self.first_skipped = ''    # where the first one is, and what is wrong with it
+        self.unknown = Counter()   # characters that the given vocabulary lacks
+        self.first_unknown = ''    # where the first one is
 
     def passed(self, block):
         """Count the bytes of a block that has been read."""
@@ -246,10 +254,26 @@ class Reading:
         self.skipped[kind] += 1
         self.first_skipped = self.first_skipped or problem
 
+    def known(self, text, place):
+        """Return the text without the characters that the given vocabulary lacks; count them."""
+        unknown = set(text) - alphabet
+        if not unknown:
+            return text
+        for character in unknown:
+            self.unknown[character] += text.count(character)
+        self.first_unknown = self.first_unknown or place
+        return text.translate(dict.fromkeys(map(ord, unknown)))
+
     def skipped_in_words(self):
         counts = ' and '.join(counted(n, kind) for kind, n in self.skipped.items())
         was = 'was' if self.skipped.total() == 1 else 'were'
         return f'{counts} {was} skipped, the first is {self.first_skipped}'
+
+    def unknown_in_words(self):
+        counts = listed([f'{character!r} {n:,}' for character, n in self.unknown.most_common()])
+        return (f'{counted(self.unknown.total(), "character")} that the vocabulary of '
+                f'{tokenizer.removeprefix(FROM)} lacks, the first in {self.first_unknown}: '
+                f'{counts}')
 
 
 def documents(reading):
@@ -260,6 +284,8 @@ def documents(reading):
     begun = False   # whether the document has had any text so far
     for path in paths:
         for place, text in read_file(path, reading):
+            if text and alphabet:
+                text = reading.known(text, place)
             if text is None:
                 number += begun
                 begun = False
@@ -421,6 +447,45 @@ def open_file(path):
     return open(path, 'rb')
 
 
+# ---- the vocabulary ------------------------------------------------------------------------------
+
+def given_vocabulary():
+    """Return the tokenizer that does not depend on the text, None for --tokenizer=char."""
+    if tokenizer.startswith(FROM):
+        return checkpoint_vocabulary(os.path.expanduser(tokenizer.removeprefix(FROM)))
+    if tokenizer not in ('char', 'byte', 'gpt2'):
+        fail(f'tokenizer={tokenizer}: allowed are char, byte, gpt2 and {FROM}FILE for the '
+             f'vocabulary of a checkpoint; type --tokenizer=char')
+    return None if tokenizer == 'char' else make_tokenizer(tokenizer)
+
+
+def checkpoint_vocabulary(path):
+    """Return the tokenizer that a checkpoint holds; fail for a file without one."""
+    import checkpoint  # here: only this kind of vocabulary needs the modules of training
+    another = f'type --tokenizer={FROM}out/best.pt, or --tokenizer=char for a new vocabulary'
+    if not os.path.isfile(path):
+        fail(f'--tokenizer={FROM}{path}: there is no such file; {another}')
+    loaded = checkpoint.load(path)
+    if 'tokenizer' not in loaded:
+        fail(f'{path} holds no tokenizer, as nanoGPT keeps it elsewhere; {another}')
+    try:
+        return data.load_tokenizer(loaded['tokenizer'])
+    except ValueError as error:
+        fail(f'{path}: {error}; {another}')
+
+
+def find_separator():
+    """Return what stands between two documents of the token files."""
+    if vocabulary.end is not None:
+        return data.END_OF_TEXT
+    if not alphabet or '\n' in alphabet or len(found.sizes) == 1:
+        return '\n'
+    if not drop_unknown:
+        fail(f'the vocabulary of {tokenizer.removeprefix(FROM)} has no line break, which stands '
+             f'between two documents; type --drop_unknown to put nothing between them')
+    return ''
+
+
 # ---- from documents to splits --------------------------------------------------------------------
 
 @dataclass
@@ -449,6 +514,9 @@ def survey():
                 largest = place
             if tokenizer == 'char':
                 symbols.update(text)
+    if reading.unknown and not drop_unknown:
+        fail(f'{reading.unknown_in_words()}; type --drop_unknown to drop them, '
+             f'or --tokenizer=char for a new vocabulary')
     if sum(sizes) < 2:
         what = STDIN if input == '-' else input
         skipped = ''
@@ -458,6 +526,8 @@ def survey():
              f'{AGAIN}')
     if reading.skipped:
         note(reading.skipped_in_words())
+    if reading.unknown:
+        note(f'dropped {reading.unknown_in_words()}')
     return Survey(sizes, largest, symbols, reading)
 
 
@@ -535,22 +605,30 @@ def print_commands():
     python sample.py --out_dir=out-{name}
 The first command trains for at most five minutes. For a longer run, add --max_iters=20000 \
 --max_minutes=30 to it.""", file=sys.stderr)
+    out_dir = os.path.dirname(os.path.expanduser(tokenizer.removeprefix(FROM))) or os.curdir
+    if tokenizer.startswith(FROM) and os.path.isfile(os.path.join(out_dir, 'last.pt')):
+        print(f'To go on with the model in {out_dir} instead, type python train.py '
+              f'--init_from=resume --out_dir={shlex.quote(out_dir)} {dataset} and a larger '
+              f'--max_iters.', file=sys.stderr)
 
 
 # ---- the story -----------------------------------------------------------------------------------
 
 folder = check_knobs()
 exit_on_signals()   # a signal removes what is half-written
-vocabulary = make_tokenizer(tokenizer, '?')   # before the text is read: it may have to be fetched
+vocabulary = given_vocabulary()   # before the text is read: it may have to be fetched
+alphabet = set()   # the characters that the text may have; empty for all
+if isinstance(vocabulary, data.CharTokenizer):
+    alphabet = set(vocabulary.chars)
 paths = find_files(folder)
 if input == '-':
     spooled = spool()
 found = survey()
-if tokenizer == 'char':
+if vocabulary is None:
     if len(found.sizes) > 1:
         found.symbols.add('\n')   # stands between documents
     vocabulary = make_tokenizer('char', ''.join(sorted(found.symbols)))
-separator = '\n' if vocabulary.end is None else data.END_OF_TEXT
+separator = find_separator()
 chosen = choose()
 meta = write_splits()
 print_commands()

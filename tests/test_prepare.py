@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import KILL, PYTHON, ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import data
 from data import END_OF_TEXT, Dataset
 
@@ -572,6 +575,64 @@ def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
     monkeypatch.setattr(data, 'split_documents', choose)
     refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['a.txt changed while it was read'])
     assert not os.path.exists('data/mine')
+
+
+# ---- a vocabulary that exists --------------------------------------------------------------------
+
+RESUME = ['--init_from=resume', '--dataset=mine', '--max_iters=62', '--eval_iters=1', '--device=cpu']
+
+
+def test_the_vocabulary_of_a_checkpoint(trained, folder, script, refused):
+    """Prepared with it, a text is accepted by --init_from=resume."""
+    shutil.copytree(trained, 'out')
+    its = torch.load('out/best.pt', weights_only=True)['tokenizer']
+    Path('a.txt').write_text('said the miller to his wife.\n' * 30)
+    assert script('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=FROM:out/best.pt').code == 0
+    assert Dataset('mine').tokenizer.state() == its and read('mine', 'train').startswith('said the miller')
+    resumed = script('train.py', *RESUME)
+    assert resumed.code == 0, resumed.err
+    Path('other').mkdir()
+    Path('other/b.txt').write_text('said the 日 miller')
+    Path('other/c.txt').write_text('Q. 日')
+    lacking = refused('prepare_text.py', '--input=other', '--name=mine', '--tokenizer=FROM:out/best.pt',
+                      words=["'日' 2", "'Q' 1", '3 characters', 'other/b.txt', '--drop_unknown'])
+    assert 'out/best.pt' in lacking
+    result = script('prepare_text.py', '--input=other', '--name=mine', '--tokenizer=FROM:out/best.pt', '--drop_unknown')
+    note, = (line for line in result.err.splitlines() if line.startswith('note: dropped 3 characters'))
+    assert result.code == 0 and "'日' 2" in note and "'Q' 1" in note and 'other/b.txt' in note
+    both = read('mine', 'train') + read('mine', 'val')
+    assert both == 'said the  miller. '
+
+
+def test_a_vocabulary_without_a_line_break(folder, script, refused):
+    checkpoint.save('ab.pt', dict(format=1, model={}, model_args={}, tokenizer=dict(kind='char', chars='ab')))
+    Path('a.txt').write_text(END_OF_TEXT.join(['abab'] * 20))
+    refused('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=FROM:ab.pt', words=['line break', '--drop_unknown'])
+    assert script('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=FROM:ab.pt', '--drop_unknown').code == 0
+    assert read('mine', 'train') + read('mine', 'val') == 'abab' * 20
+
+
+@pytest.mark.parametrize('kind', ['byte', 'gpt2'])
+def test_other_vocabularies_of_checkpoints(folder, script, gpt2_files, monkeypatch, kind):
+    monkeypatch.setenv('HOME', str(folder))
+    checkpoint.save('it.pt', dict(format=1, model={}, model_args={}, tokenizer=dict(kind=kind)))
+    Path('a.txt').write_text('any text 日 at all. ' * 40)
+    assert script('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=FROM:~/it.pt').code == 0
+    assert Dataset('mine').tokenizer.state() == dict(kind=kind)
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('none', ['no.pt', 'there is no such file', 'FROM:']), ('foreign', ['no.pt', 'cannot be read as a checkpoint']),
+    ('without', ['no.pt', 'no tokenizer']), ('unknown', ['no.pt', 'tokenizer'])])
+def test_files_without_a_vocabulary(folder, refused, kind, words):
+    whole = dict(model={}, model_args={}, format=1)
+    if kind == 'foreign':
+        Path('no.pt').write_text('hello')
+    elif kind != 'none':
+        checkpoint.save('no.pt', whole | (dict(tokenizer=dict(kind='klingon')) if kind == 'unknown' else {}))
+    Path('a.txt').write_text('some text ' * 40)
+    refused('prepare_text.py', '--input=a.txt', '--name=mine', '--tokenizer=FROM:no.pt', words=words)
+    assert not os.path.exists('data')
 
 
 # ---- what it says at the end ---------------------------------------------------------------------
