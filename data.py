@@ -23,6 +23,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -321,19 +322,95 @@ def encode_all(tokenizer, texts):
         yield from (done.result() for done in waiting)
 
 
+@dataclass
+class Chosen:
+    """The documents that are for validation; all others are for training."""
+    validation: bytearray   # one byte a document: 1 for a whole document that is for validation
+    characters: int         # characters for validation
+    cut: int | None         # number of the document that is cut, None where all are whole
+    at: int                 # characters of the cut document that are for training, its first ones
+    whole: int              # characters that whole documents alone would have given to validation
+
+
+def split_documents(sizes, share):
+    """Choose documents for validation that together hold a share of all characters.
+
+    sizes: characters of each document, each 1 or more, together 2 or more. Each split gets at least
+    1 character, and at least 2 where there are 4 or more. Documents stay whole where that misses
+    the share by no more than the mean document and a quarter of the smaller split. Otherwise the
+    largest document is cut, its last characters are for validation, and the share is exact."""
+    total = sum(sizes)
+    least = 2 if total >= 4 else 1
+    target = total - int((1 - share) * total)
+    target = min(max(target, least), total - least)
+    whole = _whole_documents(sizes, target, total)
+    characters = _chosen_characters(sizes, whole)
+    missed = abs(characters - target)
+    if missed * len(sizes) <= total and 4 * missed <= min(target, total - target):
+        return Chosen(whole, characters, None, 0, characters)
+    largest = sizes.index(max(sizes))
+    validation = _documents_beside(largest, sizes, target, total)
+    from_largest = target - _chosen_characters(sizes, validation)
+    cut = largest if from_largest else None
+    return Chosen(validation, target, cut, sizes[largest] - from_largest, characters)
+
+
+def _chosen_characters(sizes, validation):
+    return sum(size for size, chosen in zip(sizes, validation) if chosen)
+
+
+def _whole_documents(sizes, target, total):
+    """Return a byte for each document, 1 for validation, spread evenly over all (error diffusion).
+
+    A document is taken where that brings validation nearer to its share of the text so far."""
+    validation = bytearray(len(sizes))
+    owed = 0   # characters that validation still lacks of its share so far, times total
+    for number, size in enumerate(sizes):
+        owed += target * size
+        if 2 * owed >= size * total:
+            validation[number] = 1
+            owed -= size * total
+    return validation
+
+
+def _documents_beside(largest, sizes, target, total):
+    """Return a byte for each document, 1 for validation, where the end of the largest is to follow.
+
+    A document is taken where validation lacks all of it, and where the largest document would not
+    be long enough for what validation lacks. So what is lacking at the end is in the largest."""
+    validation = bytearray(len(sizes))
+    owed = 0   # characters that validation still lacks of its share so far, times total
+    for number, size in enumerate(sizes):
+        if number == largest:
+            continue
+        owed += target * size
+        if owed >= size * total or owed + target * sizes[largest] >= sizes[largest] * total:
+            validation[number] = 1
+            owed -= size * total
+    return validation
+
+
 def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
     """Write {split: iterable of (ids, source bytes)} and meta.json into folder; returns meta.
 
     source: dict(name, url, sha256, stand_in) of the text. A split of more than shard_tokens becomes several files. No file
     gets its name before all are written, and meta.json with their hashes comes first: interrupted at any instant, the folder
-    holds what it held, or something that is noticed."""
+    holds what it held, or something that is noticed.
+
+    Raises ValueError for a split that is too short to train on."""
     dtype = 'uint16' if tokenizer.vocab_size <= 1 << 16 else 'uint32'
     meta = dict(format=1, tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, dtype=dtype, splits={}, source=source)
     os.makedirs(folder, exist_ok=True)
+    _remove_stale_parts(folder)
     part = os.path.join(folder, f'{{}}.{os.getpid()}.part')
     try:
         for split, chunks in splits.items():
             meta['splits'][split] = _write_split(part, split, chunks, '<u2' if dtype == 'uint16' else '<u4', shard_tokens)
+        for split, info in meta['splits'].items():
+            if info['tokens'] < 2:   # a token and the next one, which is its target
+                noun = 'token' if info['tokens'] == 1 else 'tokens'
+                raise ValueError(f'the {split} split has {info["tokens"]} {noun}, '
+                                 f'and a model needs 2 or more')
         with open(part.format('meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
         names = ['meta.json'] + [name for info in meta['splits'].values() for name in info['sha256']]
@@ -348,6 +425,31 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
         with contextlib.suppress(OSError):
             os.rmdir(folder)   # if nothing is in it
     return meta
+
+
+def _remove_stale_parts(folder):
+    """Remove the parts of token files that a process left behind when it was killed.
+
+    The name of a part holds the number of its process. A part without one is a download's, which
+    is taken up again."""
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.part')):
+        named = re.search(r'\.(\d+)\.part$', path)
+        if named and not _is_running(int(named[1])):
+            with contextlib.suppress(OSError):   # on Windows an open file cannot be removed
+                os.remove(path)
+
+
+def _is_running(pid):
+    """Return whether there is a process of that number, False where the system cannot tell."""
+    if os.name != 'posix':   # on Windows os.kill(pid, 0) would send Ctrl-C
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True   # another user's
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _write_split(part, split, chunks, dtype, shard_tokens):
@@ -376,12 +478,37 @@ def _write_split(part, split, chunks, dtype, shard_tokens):
     return dict(info, sha256={name: digest.hexdigest() for name, digest in digests.items()})
 
 
+def _meta_text(folder):
+    """Return what a folder's meta.json holds, '' for token files without one, None without any."""
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            return f.read()
+    except (OSError, ValueError):
+        return '' if _shards(folder, 'train') or _shards(folder, 'val') else None
+
+
+def _in_words(meta_text):
+    """Return a dataset's tokenizer, size and source, as a note names what was replaced."""
+    try:
+        meta = json.loads(meta_text)
+        tokens = meta['splits']['train']['tokens']
+        return (f'dataset that was there: {meta["tokenizer"]["kind"]}, {tokens:,} training tokens, '
+                f'from {meta["source"]["name"]}')
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 'token files that were there'
+
+
 def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, more=''):
     """write_dataset for a prepare script, which says what came of it; fails where it cannot be written."""
+    before = _meta_text(folder)
     try:
         meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
     except OSError as error:
         fail(f'{folder} cannot be written: {error.strerror or error}; make room, or type --data_dir=FOLDER for another place')
+    except ValueError as error:
+        fail(f'{folder} is not written: {error}; type --input=FILE for a longer text')
+    if before not in (None, _meta_text(folder)):
+        print(f'note: {folder} replaces the {_in_words(before)}', file=sys.stderr)
     counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
                        for split, info in meta['splits'].items())
     tell(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}')

@@ -78,7 +78,7 @@ def script(monkeypatch, capfd, request):
         monkeypatch.setattr(sys, 'executable', PYTHON)   # for scripts that start others
         if stdin is not None:
             import io
-            monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+            monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding='utf-8'))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
         capfd.readouterr()
         try:

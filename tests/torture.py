@@ -8,6 +8,8 @@ Each line printed: what, how often, how often it held. Exit 1 if anything ever d
 folder, needs no network; a full disk is made real with a tmpfs where mounting is allowed.
 """
 import contextlib
+import functools
+import gzip
 import io
 import json
 import os
@@ -25,6 +27,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +43,9 @@ import data
 
 minutes = 5.0   # time for all of it; 60 are enough for the full counts
 seed = 0        # of the instants and the places
-only = ''       # one part alone: kills, rank_kills, damage or garbage
-TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000)   # the full counts
-SHARES = dict(kills=0.4, rank_kills=0.2, damage=0.05, garbage=0.35)   # of the time
+only = ''       # one part alone: kills, rank_kills, damage, garbage or folders
+TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000, folders=1000)   # the full counts
+SHARES = dict(kills=0.4, rank_kills=0.2, damage=0.05, garbage=0.3, folders=0.05)   # of the time
 STEPS = 30
 
 
@@ -317,6 +320,97 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def text_folders(target, deadline, chance):
+    """Prepare random folders of text, and count those whose splits are what prepare_text.py promises."""
+    done = held = 0
+    while done < target and (done < 5 or time.monotonic() < deadline):
+        for name in ('texts', 'elsewhere', 'data/texts'):
+            shutil.rmtree(name, ignore_errors=True)
+        documents = make_text_folder(chance)
+        share = chance.choice([0.1, 0.1, 0.01, 0.5, 0.9, 0.001 + 0.998 * chance.random()])
+        tokenizer = chance.choice(['char', 'byte'])
+        given = chance.choice(['texts', 'texts/**/*'])
+        done += 1
+        problem = ends_well(functools.partial(script, 'prepare_text.py', f'--input={given}', '--name=texts',
+                                              f'--tokenizer={tokenizer}', f'--val_fraction={share}'))
+        problem = problem or wrong_splits(documents, share)
+        held += problem is None
+        if problem:
+            print(f'    folder {done}: {problem[:600]}')
+    return done, held
+
+
+def make_text_folder(chance):
+    """Write texts/ with files, links and loops; return the documents that are in it."""
+    documents = []
+    for i in range(chance.choice([1, 1, 2, 3, 5, 12, 40])):
+        size = chance.choice([chance.randint(1, 50), chance.randint(1, 2000), chance.randint(1, 40_000)])
+        documents.append(f'{i:03d}:' + ('to be or né 二 that is ' * (size // 20 + 1))[:size])
+    folders = ['texts']
+    for i in range(chance.randint(0, 5)):
+        folders.append(f'{chance.choice(folders)}/folder {i}')
+    folders.append('elsewhere')
+    for folder in folders:
+        os.makedirs(folder)
+    left = list(documents)
+    files = []
+    while left:
+        n = min(len(left), chance.choice([1, 1, 2, 5]))
+        files.append(write_documents(f'{chance.choice(folders)}/{chance.choice("abc")}{len(files)}', left[:n], chance))
+        del left[:n]
+    os.symlink('../elsewhere', 'texts/link')
+    for i in range(chance.randint(0, 4)):
+        folder, target = chance.choice(folders), chance.choice(files)
+        ending = target.partition('.')[2]
+        os.symlink(os.path.relpath(target, folder), f'{folder}/{chance.choice("az")}-link-{i}.{ending}')
+    for i in range(chance.randint(0, 3)):
+        folder = chance.choice(folders)
+        os.symlink(os.path.relpath(chance.choice(folders), folder), f'{folder}/{chance.choice("az")}-loop-{i}')
+    if chance.random() < 0.3:
+        os.symlink('nowhere', f'{chance.choice(folders)}/gone.txt')
+    if chance.random() < 0.3:
+        os.makedirs('texts/.hidden')
+        Path('texts/.hidden/no.txt').write_text('not a document')
+    return documents
+
+
+def write_documents(stem, documents, chance):
+    """Write some documents into one file of a random kind; return its path."""
+    kind = chance.choice(['jsonl', 'jsonl.gz', 'txt', 'txt.gz', 'md'])
+    if kind.startswith('jsonl'):
+        content = '\n'.join(json.dumps(dict(n=1, text=text)) for text in documents)
+    else:
+        content = data.END_OF_TEXT.join(['', *documents] if chance.random() < 0.3 else documents)
+    raw = content.encode(chance.choice(['utf-8', 'utf-8', 'utf-8-sig', 'utf-16']))
+    if kind.endswith('gz'):
+        raw = gzip.compress(raw)
+    Path(f'{stem}.{kind}').write_bytes(raw)
+    return f'{stem}.{kind}'
+
+
+def wrong_splits(documents, share):
+    """None if data/texts holds each document once and the share that was asked for; else what is wrong."""
+    if not os.path.exists('data/texts/meta.json'):
+        return 'it was refused'
+    opened = data.Dataset('texts')
+    text = {split: opened.tokenizer.decode(np.concatenate(opened.split(split)).tolist()).decode() for split in ('train', 'val')}
+    train, val = (text[split].split('\n') for split in ('train', 'val'))
+    counts = Counter(train + val)
+    missing = [document for document in documents if not counts[document]]
+    if any(counts[document] > 1 for document in documents) or len(train) + len(val) != len(documents) + len(missing):
+        return f'a document is in it twice, or something else is: {[part[:20] for part in counts]}'
+    head, tail = ([part for part in parts if part not in documents] for parts in (train, val))
+    if missing and [''.join(head + tail)] != missing or len(head) != len(missing) or len(tail) != len(missing):
+        return f'{len(missing)} documents are missing: {[part[:20] for part in missing]}'
+    total, characters = sum(map(len, documents)), sum(map(len, val))
+    allowed = 2 if missing else max(map(len, documents))
+    if abs(characters - share * total) > allowed:
+        return f'{characters} of {total} characters are for validation, with val_fraction={share}'
+    if [name for name in os.listdir('data/texts') if name.endswith('.part')]:
+        return 'a part of a file is left'
+    return None
+
+
 def main():
     chance, began, failed = random.Random(seed), time.monotonic(), []
     cut = int(0.9 * len(TEXT))
@@ -343,6 +437,10 @@ def main():
     done, held = garbage(TARGETS['garbage'] * (only in ('', 'garbage')), time.monotonic() + 60 * minutes * SHARES['garbage'])
     print(f'bad inputs: {done:,}, worked or refused in one line with exit 2: {held:,}', flush=True)
     failed += ['garbage'] * (held < done)
+    done, held = text_folders(TARGETS['folders'] * (only in ('', 'folders')), time.monotonic() + 60 * minutes * SHARES['folders'],
+                              random.Random(seed))
+    print(f'text folders: {done:,}, each document once and the share for validation right: {held:,}', flush=True)
+    failed += ['folders'] * (held < done)
     print(f'{time.monotonic() - began:.0f} s; ' + (f'FAILED: {", ".join(failed)}' if failed else 'all held'))
     return 1 if failed else 0
 
