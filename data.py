@@ -508,7 +508,7 @@ def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, 
     except ValueError as error:
         fail(f'{folder} is not written: {error}; type --input=FILE for a longer text')
     if before not in (None, _meta_text(folder)):
-        print(f'note: {folder} replaces the {_in_words(before)}', file=sys.stderr)
+        tell(f'note: {folder} replaces the {_in_words(before)}')
     counts = ', '.join(f'{split} {info["tokens"]:,}' + f' in {len(info["sha256"])} files' * (len(info['sha256']) > 1)
                        for split, info in meta['splits'].items())
     tell(f'{folder}: {meta["vocab_size"]:,} symbols, tokens: {counts}{more}')

@@ -1,7 +1,7 @@
 """
 Your own text to token files.
 
-    python prepare_text.py --input=book.txt --name=mine       # characters -> data/mine/
+    python prepare_text.py book.txt --name=mine               # characters -> data/mine/
     python prepare_text.py --input=notes/ --name=notes        # a folder's .txt, .md and .jsonl
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text --skip_bad
     python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
@@ -41,7 +41,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 import data
-from configurator import configure, exit_on_signals, fail
+from configurator import configure, exit_on_signals
+from console import fail, tell
 from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepared
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
@@ -53,7 +54,7 @@ drop_unknown = False  # drop characters that FROM:FILE's vocabulary lacks, and c
 val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
-configure(globals())
+configure(globals(), first='input', configs=False)
 
 PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
 ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
@@ -68,7 +69,7 @@ AGAIN = 'type python prepare_text.py --input=FILE_OR_FOLDER --name=NAME'
 
 
 def note(message):
-    print(f'note: {message}', file=sys.stderr)
+    tell(f'note: {message}')
 
 
 def stop(message):
@@ -465,7 +466,10 @@ def checkpoint_vocabulary(path):
     another = f'type --tokenizer={FROM}out/best.pt, or --tokenizer=char for a new vocabulary'
     if not os.path.isfile(path):
         fail(f'--tokenizer={FROM}{path}: there is no such file; {another}')
-    loaded = checkpoint.load(path)
+    try:
+        loaded = checkpoint.read(path)
+    except checkpoint.Damaged as error:
+        fail(f'--tokenizer={FROM}{path}: it {error}; {another}')
     if 'tokenizer' not in loaded:
         fail(f'{path} holds no tokenizer, as nanoGPT keeps it elsewhere; {another}')
     try:
@@ -600,16 +604,16 @@ def print_commands():
         flags += f' --block_size={block_size}'
         note(f'a context must be shorter than the {longest:,} tokens for training: '
              f'the command below sets it to {counted(block_size, "token")}')
-    print(f"""now type
+    tell(f"""now type
     python train.py config/train_shakespeare_char.py {flags} --out_dir=out-{name} --max_minutes=5
     python sample.py --out_dir=out-{name}
 The first command trains for at most five minutes. For a longer run, add --max_iters=20000 \
---max_minutes=30 to it.""", file=sys.stderr)
+--max_minutes=30 to it.""")
     out_dir = os.path.dirname(os.path.expanduser(tokenizer.removeprefix(FROM))) or os.curdir
     if tokenizer.startswith(FROM) and os.path.isfile(os.path.join(out_dir, 'last.pt')):
-        print(f'To go on with the model in {out_dir} instead, type python train.py '
-              f'--init_from=resume --out_dir={shlex.quote(out_dir)} {dataset} and a larger '
-              f'--max_iters.', file=sys.stderr)
+        tell(f'To go on with the model in {out_dir} instead, type python train.py '
+             f'--init_from=resume --out_dir={shlex.quote(out_dir)} {dataset} and a larger '
+             f'--max_iters.')
 
 
 # ---- the story -----------------------------------------------------------------------------------

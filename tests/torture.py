@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -43,9 +44,9 @@ import data
 
 minutes = 5.0   # time for all of it; 60 are enough for the full counts
 seed = 0        # of the instants and the places
-only = ''       # one part alone: kills, rank_kills, damage, garbage or folders
-TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000, folders=1000)   # the full counts
-SHARES = dict(kills=0.4, rank_kills=0.2, damage=0.05, garbage=0.3, folders=0.05)   # of the time
+only = ''       # one part alone: kills, rank_kills, damage, garbage, consoles or folders
+TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000, folders=1000, consoles=200)   # the full counts
+SHARES = dict(kills=0.35, rank_kills=0.2, damage=0.05, garbage=0.3, folders=0.05, consoles=0.05)   # of the time
 STEPS = 30
 
 
@@ -87,6 +88,80 @@ def kills(ranks, target, deadline, chance):
         except checkpoint.Damaged as error:
             print('   ', error)
     return done, readable, equal, saving
+
+
+def consoles(target, deadline, chance):
+    """Let the console of runs fail, and interrupt some of them; return (runs, those that held).
+
+    A run holds when its exit code is its own, all steps that it logged are in its checkpoint, and
+    nothing is left behind."""
+    done = held = 0
+    while done < target and (done < 4 or time.monotonic() < deadline):
+        shutil.rmtree('run', ignore_errors=True)
+        number = chance.choice((None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        reader = None
+        console = '/dev/full'
+        if chance.random() < 0.7:
+            console = 'console'
+            reader = threading.Thread(target=read_some, args=(console, chance.randrange(5000)))
+            os.mkfifo(console)
+            reader.start()
+        pid = fork_script('train.py', [
+            *TINY, f'--max_iters={STEPS}', f'--lr_decay_iters={STEPS}', '--log_interval=1',
+            '--eval_interval=10', '--out_dir=run'], log=console)
+        if number:
+            stop_after_some_steps(pid, number, chance)
+        code = wait(pid)
+        if reader:
+            reader.join()
+            os.remove(console)
+        done += 1
+        problem = unsaved(code, number)
+        held += not problem
+        if problem:
+            print('   ', console, number, problem)
+    return done, held
+
+
+def read_some(path, size):
+    """Read some bytes of a pipe, as a reader does that has seen enough."""
+    with open(path, 'rb', buffering=0) as f:
+        while size > 0 and (block := f.read(size)):
+            size -= len(block)
+
+
+def stop_after_some_steps(pid, number, chance):
+    """Send a signal at a random instant after the run has logged a few steps."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not logged_steps():
+        time.sleep(0.002)
+    time.sleep(0.1 * chance.random())
+    os.kill(pid, number)   # it has not been waited for, so its number is still its own
+
+
+def logged_steps():
+    """Return how many steps the run has logged."""
+    try:
+        with open('run/log.csv') as f:
+            return len(f.readlines()) - 1
+    except FileNotFoundError:
+        return 0
+
+
+def unsaved(code, number):
+    """Return what a run with a broken console has lost, '' for nothing."""
+    left = [name for name in os.listdir('run') if name == '.lock' or name.endswith('.part')]
+    step = checkpoint.read('run/last.pt')['iter_num']
+    rows = logged_steps()
+    if code == 0:
+        rows -= 1   # the last row is an evaluation
+        if step != STEPS:
+            return f'it ended with step {step}'
+    elif not number or code != 128 + number:
+        return f'its exit code is {code}'
+    if rows != step:
+        return f'{rows} steps are logged and {step} are saved'
+    return f'it left {left}' if left else ''
 
 
 def damaged_copies(whole, chance):
@@ -437,6 +512,10 @@ def main():
     done, held = garbage(TARGETS['garbage'] * (only in ('', 'garbage')), time.monotonic() + 60 * minutes * SHARES['garbage'])
     print(f'bad inputs: {done:,}, worked or refused in one line with exit 2: {held:,}', flush=True)
     failed += ['garbage'] * (held < done)
+    done, held = consoles(TARGETS['consoles'] * (only in ('', 'consoles')),
+                          time.monotonic() + 60 * minutes * SHARES['consoles'], chance)
+    print(f'consoles that fail: {done}, saved with the right exit code: {held}', flush=True)
+    failed += ['consoles'] * (held < done)
     done, held = text_folders(TARGETS['folders'] * (only in ('', 'folders')), time.monotonic() + 60 * minutes * SHARES['folders'],
                               random.Random(seed))
     print(f'text folders: {done:,}, each document once and the share for validation right: {held:,}', flush=True)
