@@ -30,8 +30,7 @@ import torch
 
 import runtime
 from configurator import checked, fail
-from data import (
-    Dataset, find_dataset, first_with, load_tokenizer, make_tokenizer, read_hf_tokenizer)
+from data import Dataset, find_dataset, first_with, load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
 from plots import read_log
 from runtime import say
