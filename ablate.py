@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-import plots
-import runtime
-from configurator import check, configure, ending_signals, fail
-from data import how_to_make, open_dataset, token_sizes
-from runtime import say
+from lib import plots, runtime
+from lib.configurator import check, configure, ending_signals
+from lib.console import fail, say, write
+from lib.data import how_to_make, open_dataset
+from lib.tokenizers import token_sizes
 
 study = ''            # which one; may be typed first, without --study=
 variants = ''         # some of its variants, with commas between; '': all
@@ -98,7 +98,7 @@ STUDIES = {
 if study == 'list':
     for key, (baseline, its) in STUDIES.items():
         names = ', '.join(name + ' (baseline)' * (name == baseline) for name in its)
-        runtime.write(f'{key:15} {names}\n')
+        write(f'{key:15} {names}\n')
     sys.exit()
 if study not in STUDIES:
     fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; type python ablate.py heads')
@@ -172,7 +172,7 @@ if not report:
     found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=changes, runs=found['runs'])
 
 
-def write(file, text):
+def write_file(file, text):
     """In one piece: a study cut off while it writes keeps what it had."""
     try:
         with open(file + '.part', 'w', encoding='utf-8') as f:
@@ -187,7 +187,7 @@ def keep():
     runs = sorted(found['runs'], key=lambda run: (list(changes).index(run['variant']), run['seed']))
     rest = json.dumps({key: value for key, value in found.items() if key != 'runs'}, indent=1, ensure_ascii=False)
     lines = ',\n'.join('  ' + json.dumps(run, ensure_ascii=False) for run in runs)   # a run a line
-    write(file, f'{rest[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
+    write_file(file, f'{rest[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
 
 
 # ---- running -----------------------------------------------------------------------------------------------------------
@@ -379,11 +379,11 @@ Seeds 1, 2, ... of weights, windows and dropout, the same for every row; loss in
 
 ![loss curves and last losses]({os.path.basename(path)}.png)
 '''
-write(path + '.md', text)
+write_file(path + '.md', text)
 try:
     plots.study(drawn, path + '.png', found['study'], unit)
 except ImportError:
     say(f'no {path}.png: matplotlib is missing; type pip install -r requirements.txt, and then the same with --report')
 except OSError as error:
     fail(f'{path}.png cannot be written ({error.strerror}); make room, or type --results=FOLDER for another place')
-runtime.write(text)
+write(text)

@@ -27,13 +27,11 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import inside
-import plots
-import runtime
-from configurator import check, configure, exit_on_signals, fail
-from data import open_first, read_prompt, with_split
-from runtime import say
+from lib import checkpoint as checkpoints
+from lib import inside, plots, runtime
+from lib.configurator import check, configure, exit_on_signals
+from lib.console import fail, read_prompt, say, write
+from lib.data import open_first, with_split
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
@@ -352,7 +350,7 @@ try:
         plots.embeddings(points[drawn].tolist(), [text_of(token) for token in drawn], shares.tolist(), near_common,
                          None if similar is None else similar.numpy(), at('embeddings.png'))
         plots.gradients(gradients, at('gradients.png'), title)
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.html'), encoding='utf-8') as f:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'lib', 'report.html'), encoding='utf-8') as f:
             page = f.read()
         content = json.dumps(report, allow_nan=False).replace('<', '\\u003c')   # so that no text can end the script element
         with open(at('report.html'), 'w', encoding='utf-8') as f:
@@ -366,5 +364,5 @@ try:
             os.replace(at(file), os.path.join(folder, file))
 except OSError as error:
     cannot_be_written(error)
-runtime.write('\n'.join(findings) + '\n')
+write('\n'.join(findings) + '\n')
 say(f'{len(files)} files in {folder}; open {os.path.join(folder, "report.html")}')

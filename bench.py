@@ -25,11 +25,9 @@ import tempfile
 
 import torch
 
-import checkpoint
-import decoding
-import plots
-import runtime
-from configurator import check, configure, fail
+from lib import checkpoint, decoding, plots, runtime
+from lib.configurator import check, configure
+from lib.console import fail, say, write
 from model import GPT, GPTConfig, chances
 
 what = 'sample'          # the benchmark, 'sample' or 'train'; may be typed first, without --what=
@@ -77,7 +75,7 @@ def chosen_precisions(usual):
     if device != 'cpu' or runtime.cpu_has_bf16():
         return usual
     left_out.append('bfloat16')
-    runtime.say('left out: bfloat16, which this processor only emulates, many times slower than float32; '
+    say('left out: bfloat16, which this processor only emulates, many times slower than float32; '
                 'type --dtype=bfloat16 to measure it all the same')
     return [precision for precision in usual if precision != 'bfloat16']
 
@@ -332,9 +330,9 @@ rows = []
 def show(line):
     """A line of the table, on stderr where JSON has stdout."""
     if json == '-':
-        runtime.say(line)
+        say(line)
     else:
-        runtime.write(line + '\n')
+        write(line + '\n')
 
 
 if what == 'train':

@@ -17,11 +17,11 @@ import time
 
 import torch
 
-import checkpoint
-import fast
-import runtime
-from configurator import check, configure, fail
-from data import ByteTokenizer, Dataset, TrainingWindows
+from lib import checkpoint, fast, runtime
+from lib.configurator import check, configure
+from lib.console import fail
+from lib.data import Dataset, TrainingWindows
+from lib.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
 
 who = 'ours'           # 'ours', 'transformers', or 'nanogpt:PATH' with the folder of its model.py

@@ -17,12 +17,12 @@ import time
 import numpy as np
 import torch
 
-import checkpoint as checkpoints
-import decoding
-import runtime
-from configurator import check, configure, fail
-from data import evaluation_batches, first_with, open_first, token_sizes
-from runtime import say
+from lib import checkpoint as checkpoints
+from lib import decoding, runtime
+from lib.configurator import check, configure
+from lib.console import fail, say, write
+from lib.data import evaluation_batches, first_with, open_first
+from lib.tokenizers import token_sizes
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
@@ -99,5 +99,5 @@ if rank == 0 and json != '-':
     for key, value in figures.items():
         if key != 'split':
             value = f'{value:,.6f}' if isinstance(value, float) else f'{value:,}'
-        runtime.write(f'{key:15} {value}\n')
+        write(f'{key:15} {value}\n')
 runtime.leave(0)

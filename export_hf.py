@@ -14,10 +14,10 @@ import shlex
 import shutil
 import tempfile
 
-import checkpoint as checkpoints
-from configurator import configure, exit_on_signals, fail
-from data import hf_tokenizer_files
-from runtime import say
+from lib import checkpoint as checkpoints
+from lib.configurator import configure, exit_on_signals
+from lib.console import fail, say
+from lib.tokenizers import hf_tokenizer_files
 
 to = ''             # the folder to write; it must be new or empty
 init_from = 'resume'  # 'resume': a checkpoint; else a hub name or folder, to be written anew

@@ -15,8 +15,10 @@ import zlib
 
 import numpy as np
 
-from configurator import check, configure, exit_on_signals, fail
-from data import download, encode_all, make_tokenizer, pieces, unzip, write_prepared
+from lib.configurator import check, configure, exit_on_signals
+from lib.console import fail
+from lib.prepare import download, encode_all, pieces, unzip, write_prepared
+from lib.tokenizers import make_tokenizer
 
 tokenizer = 'byte'   # 'byte' or 'gpt2'
 input = ''           # a local copy, instead of the download: .zip, .gz or the text itself

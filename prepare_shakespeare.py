@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import os
 
-from configurator import check, configure, exit_on_signals
-from console import fail, tell
-from data import download, encode_all, find_dataset, make_tokenizer, pieces, stand_in_text, write_prepared
+from lib.configurator import check, configure, exit_on_signals
+from lib.console import fail, tell
+from lib.data import find_dataset
+from lib.prepare import download, encode_all, pieces, stand_in_text, write_prepared
+from lib.tokenizers import make_tokenizer
 
 tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
 input = ''           # a local copy of the text, instead of the download

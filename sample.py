@@ -14,13 +14,12 @@ import signal
 
 import torch
 
-import checkpoint as checkpoints
-import decoding
-import runtime
-from configurator import check, configure, fail
-from data import as_typed, read_prompt, with_split
+from lib import checkpoint as checkpoints
+from lib import decoding, runtime
+from lib.configurator import check, configure
+from lib.console import as_typed, fail, read_prompt, say, write
+from lib.data import with_split
 from model import chances, check_sampling
-from runtime import say
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
 out_dir = 'out'          # folder of the run
@@ -97,7 +96,7 @@ ended = [False] * num_samples
 
 def add(i, text):   # the first text is shown as it is written, the others after it
     if i == 0:
-        runtime.write(text)
+        write(text)
     else:
         later[i] += text
 
@@ -120,4 +119,4 @@ with runtime.autocast(device, 'float32' if device == 'cpu' else dtype):   # a na
             break
 for i in range(num_samples):
     add(i, held[i] + '\n')   # a character that max_new_tokens cut in two is left out
-runtime.write(''.join(later[1:]))
+write(''.join(later[1:]))

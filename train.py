@@ -20,15 +20,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import decoding
-import fast
-import plots
-import runtime
-from configurator import check, configure, fail
-from data import Dataset, TrainingWindows, evaluation_batches, prepare_missing
+from lib import checkpoint, decoding, fast, plots, runtime
+from lib.configurator import check, configure
+from lib.console import fail, say
+from lib.data import Dataset, TrainingWindows, evaluation_batches
+from lib.prepare import prepare_missing
+from lib.runtime import perplexity
 from model import GPT
-from runtime import perplexity, say
 
 # ---- knobs ---------------------------------------------------------------------------------------------------------
 # the run

@@ -13,8 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import torch
 
 import model as gpt
-from configurator import configure
-from data import open_dataset
+from lib.configurator import configure
+from lib.data import open_dataset
 
 data_dir = 'data'   # where datasets live
 configure(globals())

@@ -107,7 +107,7 @@ def test_bench_step_beside_nanogpt(process, folder):
 
 
 def test_growth_is_drawn(folder):
-    import plots
+    from lib import plots
     rows = [dict(growth=kind, context=64, batch=2, n_layer=3, step_ms=5.0 * i, peak_memory_mb=9.0) | {kind: i}
             for kind in ('context', 'batch', 'n_layer') for i in (1, 2)]
     plots.growth(rows, 'growth.png')

@@ -8,8 +8,8 @@ from conftest import COMPILED
 from test_model import rough, small, tokens
 from torch.nn import functional as F
 
-import decoding
 import model as gpt
+from lib import decoding
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')   # as find_compile does, for torch's own imports
 KINDS = [{}, dict(pos='rope'), dict(pos='none'), dict(n_head=3, n_embd=24), dict(norm='post'), dict(residual=False),

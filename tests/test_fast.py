@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import fast
 import model as gpt
-import runtime
+from lib import fast, runtime
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.processor

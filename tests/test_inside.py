@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import inside
+from lib import inside
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=3, n_head=4, n_embd=32)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import fast
 import model as gpt
+from lib import fast
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.processor

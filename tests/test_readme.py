@@ -13,7 +13,8 @@ import torch
 import transformers
 from conftest import COMPILED, PYTHON, ROOT, SHARED
 
-from data import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_dataset
+from lib.prepare import write_dataset
+from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -14,9 +14,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
 
-import checkpoint
-import fast
-import runtime
+from lib import checkpoint, fast, runtime
 
 
 def flags(**knobs):
@@ -67,7 +65,7 @@ def test_final_loss_is_the_whole_split(mini, script):
     """The last val_loss, computed once more from the checkpoint, window by window."""
     script('train.py', *TINY)
     net = checkpoint.build_model(checkpoint.load('out/last.pt'), 'out/last.pt').eval()
-    from data import Dataset
+    from lib.data import Dataset
     tokens = torch.from_numpy(Dataset('mini').split('val')[0].astype('int64'))
     nats = 0.0
     with torch.no_grad():
@@ -119,7 +117,7 @@ def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatc
     """One step from the same weights with q, k and v as three parameters of torch's own Muon.
 
     torch's multiplies in bf16 on every processor, so ours is made to do the same."""
-    from data import Dataset, TrainingWindows
+    from lib.data import Dataset, TrainingWindows
     monkeypatch.setattr(fast, 'cpu_has_bf16', lambda: True)
     monkeypatch.setattr(fast, 'POLAR', ((3.4445, -4.775, 2.0315),) * 5)   # torch's polynomial
     script('train.py', *TINY, '--optimizer=muon', '--max_iters=0', '--warmup_iters=0', '--grad_clip=0')
@@ -456,7 +454,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
 
 
 def test_main_config_on_gpu_is_nanogpts(folder):
-    from configurator import configure
+    from lib.configurator import configure
     text = (ROOT / 'train.py').read_text().partition('# ---- knobs')[2].partition('knobs, given')[0]
     knobs = {}
     exec('#' + text, knobs)
@@ -629,7 +627,8 @@ def test_prepare_never_costs_real_data(mini, refused, monkeypatch):
 
 
 def test_resume_on_another_vocabulary(mini, script, refused):
-    from data import CharTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import CharTokenizer
     script('train.py', *TINY, '--max_iters=2')
     text = '0123456789abcdef' * 50
     tokenizer = CharTokenizer(text)
@@ -642,7 +641,8 @@ def test_resume_on_another_vocabulary(mini, script, refused):
 
 def test_characters_that_a_model_lacks_are_named(mini, script, refused):
     """The first 20 of them, and how many there are; or that they are only numbered differently."""
-    from data import CharTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import CharTokenizer
     assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
     greek = ''.join(map(chr, range(0x3b1, 0x3ca)))
     texts = dict(accents='was für ein Ärger', greek=f'the miller {greek}', fewer='the miller said')

@@ -29,8 +29,7 @@ def measure(net, ways):
     """Seconds of a step with these ways, the median of some; run in a process of its own."""
     import torch
 
-    import fast
-    import runtime
+    from lib import fast, runtime
     from model import GPT, GPTConfig
     torch.manual_seed(1)
     torch.set_float32_matmul_precision('medium' if 'onednn' in ways else 'highest')
@@ -78,7 +77,7 @@ def measure(net, ways):
 
 
 def in_turns(net):
-    import runtime
+    from lib import runtime
     ways = [way for way in WAYS if way not in UNUSED[net] and (way != 'bf16' or runtime.cpu_has_bf16())]
     if net == 'main':   # torch's own Muon multiplies in bf16, which takes most of a step where bf16 is emulated
         ways = ['muon', 'polar', *(way for way in ways if way not in ('muon', 'polar'))]

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import tiktoken
 
-from data import GPT2Tokenizer, encode_all, pieces
+from lib.prepare import encode_all, pieces
+from lib.tokenizers import GPT2Tokenizer
 
 text = gzip.open(sys.argv[1]).read().decode('utf-8', 'ignore') * 4
 parts, size = list(pieces([text])), len(text.encode()) / 1e6

@@ -28,12 +28,13 @@ from difflib import get_close_matches
 import numpy
 import torch
 
-import runtime
-from configurator import checked, fail
-from data import Dataset, find_dataset, first_with, load_tokenizer, make_tokenizer, read_hf_tokenizer
+from lib import runtime
+from lib.configurator import checked
+from lib.console import fail, say
+from lib.data import Dataset, find_dataset, first_with
+from lib.plots import read_log
+from lib.tokenizers import load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
-from plots import read_log
-from runtime import say
 
 SEAL = b'sha256:'          # the comment: this and 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64

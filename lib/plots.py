@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 
-from runtime import say
+from lib.console import say
 
 
 def read_log(path):

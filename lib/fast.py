@@ -13,8 +13,8 @@ import types
 import torch
 from torch import nn
 
+from lib.runtime import aside, captured, cpu_has_avx512, cpu_has_bf16
 from model import ACTIVATIONS, GPT, fused_attention
-from runtime import aside, captured, cpu_has_avx512, cpu_has_bf16
 
 # Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one an iteration (the polar express, arXiv 2505.16932).
 # Each polynomial is the nearest to 1 on the interval to which the earlier ones map [0.01, 1.02]; the norm that brings s below

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-import console
-from configurator import ending_signals
-from console import fail, say, write
+from lib import console
+from lib.configurator import ending_signals
+from lib.console import fail, say, write
 
 # Dense bf16 (fp16 before Ampere) peak, FLOP/s, from NVIDIA's data sheets; what is not listed gets no MFU.
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12, 'L4': 121e12,

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import evaluation_batches
+from lib.data import evaluation_batches
+from lib.runtime import aside, captured, cpu_has_avx512, mean_loss
 from model import Block, LayerCache, check_sampling, choose, fused_attention
-from runtime import aside, captured, cpu_has_avx512, mean_loss
 
 
 class NarrowLinear(nn.Module):
