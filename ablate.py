@@ -30,6 +30,7 @@ import torch
 from scipy import stats
 
 from lib import plots, runtime
+from lib.checkpoint import read_log
 from lib.configurator import check, configure, ending_signals
 from lib.console import fail, say, write
 from lib.data import how_to_make, open_dataset
@@ -239,7 +240,7 @@ def one_run(name, seed, device):
     processes.add(process)
     said = process.communicate()[1]
     processes.discard(process)
-    rows = plots.read_log(os.path.join(folder, 'log.csv'))
+    rows = read_log(os.path.join(folder, 'log.csv'))
     last = next(iter(said.strip().splitlines()[-1:]), '').removeprefix('error: ')
     run['log'] = [[int(row['tokens']), *(float(row[key]) if row[key] else None for key in ('train_loss', 'val_loss'))]
                   for row in rows]

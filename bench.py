@@ -25,7 +25,7 @@ import tempfile
 
 import torch
 
-from lib import checkpoint, decoding, plots, runtime
+from lib import decoding, peers, plots, runtime
 from lib.configurator import check, configure
 from lib.console import fail, say, write
 from model import GPT, GPTConfig, chances
@@ -86,7 +86,7 @@ for part in dtypes:
     check(dict(dtype=part), dtype=('float32', 'bfloat16', 'int8' if what == 'sample' else 'float16'))
     if part != 'int8':
         runtime.find_dtype(part, device)   # which refuses fp16 on a processor
-peers = []
+others = []   # the peers to measure
 for part in filter(None, peer.split(',')):
     name, _, clone = part.partition(':')
     clone = os.path.expanduser(clone)
@@ -94,7 +94,7 @@ for part in filter(None, peer.split(',')):
     if not known:
         fail(f'peer={part!r}: allowed are transformers, and nanogpt:PATH with the folder of nanoGPT\'s model.py; type '
              f'--peer=transformers')
-    peers.append(f'nanogpt:{clone}' if clone else name)
+    others.append(f'nanogpt:{clone}' if clone else name)
 check(knobs, tokens=2, runs=1, seed=0)
 runtime.check_json(json)
 wait = functools.partial(runtime.wait, device)
@@ -137,7 +137,7 @@ def ours(precision):
 
 def transformers_peer(precision):
     torch.manual_seed(seed)
-    model = checkpoint.transformers_gpt2(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd,
+    model = peers.transformers_gpt2(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd,
                                          0.0).eval().to(device, getattr(torch, precision))
 
     class Clock:   # what generate calls a streamer: put() gets the prompt, then each token
@@ -160,7 +160,7 @@ def transformers_peer(precision):
 
 def nanogpt_peer(path):
     torch.manual_seed(seed)
-    model = checkpoint.nanogpt(path, config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, 0.0,
+    model = peers.nanogpt(path, config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, 0.0,
                                True).eval().to(device)
 
     def timed(idx, texts, count):
@@ -288,10 +288,10 @@ def bench_train():
                      and os.access(os.path.dirname(os.path.abspath(plot)), os.W_OK)):
         fail(f'plot={plot!r}: allowed is the name of a .png that can be written, with --growth; type --growth '
              f'--plot=growth.png')
-    if growth and peers:
+    if growth and others:
         fail('growth measures ours alone; type --growth without --peer')
     contenders = [('ours', precision) for precision in dtypes or ['auto']]
-    for part in peers:
+    for part in others:
         precisions = ['float32']   # nanoGPT has its own way
         if part == 'transformers':
             precisions = chosen_precisions(['float32', 'bfloat16'])
@@ -352,7 +352,7 @@ else:
     precisions = chosen_precisions(['float32', 'bfloat16', 'int8'])
     theirs = [precision for precision in precisions if precision != 'int8'] or ['float32']
     others = []
-    for name in peers:
+    for name in others:
         if name == 'transformers':
             others += [('transformers', precision, transformers_peer(precision)) for precision in theirs]
         else:
@@ -400,7 +400,7 @@ machine = dict(device=device, processor=platform.processor() or platform.machine
 for rate in ('read_gb_per_s', 'gemm_gflop_per_s'):
     machine |= {rate: max(row[rate] for row in rows if rate in row)} if any(rate in row for row in rows) else {}
 versions = dict(python=platform.python_version(), torch=torch.__version__)
-if 'transformers' in peers:
+if 'transformers' in others:
     import transformers
     versions['transformers'] = transformers.__version__
 runtime.write_json(json, dict(

@@ -17,10 +17,11 @@ import time
 
 import torch
 
-from lib import checkpoint, fast, runtime
+from lib import fast, peers, runtime
 from lib.configurator import check, configure
 from lib.console import fail
 from lib.data import Dataset, TrainingWindows
+from lib.optimizers import Optimizers, TrainingStep
 from lib.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
 
@@ -73,7 +74,8 @@ def gemm_rate(n):
 
 # ---- who is measured: the model, loss(x, y), optimizers, and a loader (step) -> x, y (B, T) ------------------------------
 
-parts, parameters, windows = [], 0, None
+parameters = 0
+windows = None
 random_tokens = torch.Generator().manual_seed(seed)
 torch.manual_seed(seed)
 if who == 'ours':
@@ -81,9 +83,12 @@ if who == 'ours':
     # GELU is nanoGPT's, so that both compute the same
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, activation='gelu_erf')).to(device)
     parameters, flops_per_token = model.num_params(), model.flops_per_token()
-    fast.speed_up(model)
-    optimizers, parts = fast.make_optimizers(model, optimizer, 1e-3, 0.02, 0.1, (0.9, 0.99))
-    trained = torch.compile(model) if compile else model
+    if device == 'cpu':
+        fast.use_on_processor(model)
+    loss_of = fast.TrainingLoss(model)
+    if compile:
+        loss_of = torch.compile(loss_of)
+    optimizers = Optimizers(model, optimizer, (1e-3, 0.02), 0.1, (0.9, 0.99))
     folder = tempfile.TemporaryDirectory()
     tokens = torch.randint(min(vocab_size, 256), (max(1_000_000, 8 * batch_size * block_size),), generator=random_tokens)
     os.makedirs(os.path.join(folder.name, 'random'))
@@ -91,30 +96,24 @@ if who == 'ours':
     with open(os.path.join(folder.name, 'random', 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(tokenizer=ByteTokenizer().state(), dtype='uint16', splits={}, source={}), f)
     windows = TrainingWindows(Dataset('random', folder.name), 'train', block_size, seed)
-
-    def loss_of(x, y):
-        with runtime.autocast(device, dtype):
-            return trained(x, y)[1]
 elif who == 'transformers':
-    trained = model = checkpoint.transformers_gpt2(block_size, vocab_size, n_layer, n_head, n_embd, dropout).to(device).train()
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)]   # its Trainer's
+    model = peers.transformers_gpt2(block_size, vocab_size, n_layer, n_head, n_embd, dropout).to(device).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)   # its Trainer's
     dtype, compile = 'bfloat16' if dtype == 'bfloat16' else 'float32', False
 
     def loss_of(x, y):
-        with runtime.autocast(device, dtype):   # as its Trainer with bf16=True
-            return model(input_ids=x, labels=x, use_cache=False).loss   # shifts the labels itself
+        return model(input_ids=x, labels=x, use_cache=False).loss   # shifts the labels itself
 else:
     path, dtype, compile = who.partition(':')[2], 'float32', device.startswith('cuda')
-    model = checkpoint.nanogpt(path, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias).to(device)
-    optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])]
+    model = peers.nanogpt(path, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias).to(device)
+    adamw = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.partition(':')[0])
     if device.startswith('cuda'):   # as its train.py does
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         dtype = 'bfloat16'
     trained = torch.compile(model) if compile else model
 
     def loss_of(x, y):
-        with runtime.autocast(device, dtype):
-            return trained(x, y)[1]
+        return trained(x, y)[1]
 
 
 scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
@@ -127,34 +126,44 @@ def load(step):
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
-def train(step, clock=lambda part: None):
-    """One optimizer step; clock(part) is called after each part of it."""
+def peers_step(batches):
+    """One optimizer step as the peers' own training loops make it, with ours' calls of the clock."""
+    x, y = batches[0]
+    with runtime.autocast(device, dtype):   # for transformers, as its Trainer with bf16=True
+        loss = loss_of(x, y)
+    clock('forward')
+    scaler.scale(loss).backward()
+    clock('backward')
+    scaler.unscale_(adamw)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(adamw)
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    clock('update')
+
+
+def clock(part):
+    """Note that a part of the step has ended."""
+    marks.append((part, now()))
+
+
+def train(step):
+    """Load a batch and make one optimizer step; the clock is called after each part."""
     x, y = load(step)
     clock('loader')
     if device.startswith('cuda'):
         x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
     torch.manual_seed(seed + step)
-    loss = loss_of(x.to(device), y.to(device))
-    clock('forward')
-    scaler.scale(loss).backward()
-    clock('backward')
-    for p, rows, part in parts:
-        part.grad = p.grad[rows]
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for opt in optimizers:
-        scaler.step(opt)
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    clock('update')
+    step_once([(x.to(device), y.to(device))])
 
 
 def kinds(steps):
     """{kind of operation: share} of forward and backward passes, by the profiler's own times."""
     with torch.profiler.profile() as profiler:
         for step in range(steps):
-            loss_of(*(t.to(device) for t in load(step))).backward()
+            with runtime.autocast(device, dtype):
+                loss = loss_of(*(t.to(device) for t in load(step)))
+            loss.backward()
         wait()
     model.zero_grad(set_to_none=True)
     spent = dict.fromkeys((*KINDS, 'others'), 0.0)
@@ -168,6 +177,11 @@ def answer(**figures):
     print(json.dumps(figures), file=answers, flush=True)
 
 
+step_once = peers_step
+if who == 'ours':
+    step_once = TrainingStep(model, loss_of, optimizers, scaler, 1.0, device, dtype, clock)
+marks = []   # (part, when it ended)
+now = time.perf_counter
 begun = wait()
 train(0)
 first = wait() - begun
@@ -175,7 +189,7 @@ begun = wait()
 train(1)
 answer(first_s=first, step_s=wait() - begun, precision=dtype, compiled=compile, parameters=parameters,
        flops_per_token=flops_per_token if who == 'ours' else 0)
-done, marks = 2, []
+done = 2
 for line in sys.stdin:
     profiled, spent = line.strip() == 'profile', dict(loader=0.0, forward=0.0, backward=0.0, update=0.0)
     now = wait if profiled else time.perf_counter   # a GPU is waited for after each part only where they are asked for
@@ -186,7 +200,7 @@ for line in sys.stdin:
     begun = wait()
     for _ in range(steps):
         marks[:] = [('', now())]
-        train(done, lambda part, now=now: marks.append((part, now())))
+        train(done)
         done += 1
         for (_, before), (part, after) in zip(marks, marks[1:]):
             spent[part] += after - before

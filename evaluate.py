@@ -22,6 +22,7 @@ from lib import decoding, runtime
 from lib.configurator import check, configure
 from lib.console import fail, say, write
 from lib.data import evaluation_batches, first_with, open_first
+from lib.evaluation import mean_loss, perplexity
 from lib.tokenizers import token_sizes
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
@@ -73,7 +74,7 @@ def evaluated():
     """Mean nats a token, and the seconds it took."""
     started = time.perf_counter()
     pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
-    nats = runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+    nats = mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
     return nats, time.perf_counter() - started
 
 
@@ -90,7 +91,7 @@ for shard in data.split(split):   # the first token of each is given and not pre
         totals += sizes @ np.bincount(shard[first:first + (1 << 24)], minlength=tokenizer.vocab_size)
 tokens, text_bytes, chars = totals.tolist()
 bits = nats * tokens / math.log(2)
-figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=runtime.perplexity(nats),
+figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=perplexity(nats),
                bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1),
                tokens_per_s=tokens / seconds) | lost
 if rank == 0:

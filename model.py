@@ -13,6 +13,7 @@ The letters used below and in every shape:
 Tokens meet each other in one place only, the attention; everything else works on each position by itself.
 Names are those of GPT-2's released weights and of Hugging Face's GPT2LMHeadModel.
 """
+import contextlib
 import glob
 import json
 import math
@@ -142,7 +143,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.qk_norm, self.drop = config.n_head, config.qk_norm, nn.Dropout(config.dropout)
-        self.attend = fused_attention if config.flash else explicit_attention
+        self.attention = fused_attention if config.flash else explicit_attention   # see GPT.set_attention
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.shape
@@ -155,7 +156,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (*qk.chunk(2, dim=2), v))                           # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)                                                             # (B, nh, S, hs)
-        y = self.attend(q, k, v, self.drop.p if self.training else 0.0)                           # (B, nh, T, hs)
+        y = self.attention(q, k, v, self.drop.p if self.training else 0.0)                           # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                                                    # (B, T, C): heads in a row
         return self.drop(self.c_proj(y))
 
@@ -254,6 +255,37 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, cache and cache[i])
         return self.transformer.ln_f(x)
+
+    # ---- other ways to compute the same: lib/fast.py, lib/decoding.py and lib/inside.py have some ----------
+
+    def set_attention(self, attention):
+        """Let all blocks, or for {layer: function} some, compute attention with another function.
+
+        attention(q, k, v, dropout=0.0) gives what fused_attention gives."""
+        if not isinstance(attention, dict):
+            attention = dict.fromkeys(range(self.config.n_layer), attention)
+        for layer, function in attention.items():
+            self.transformer.h[layer].attn.attention = function
+
+    @contextlib.contextmanager
+    def attention_set(self, attention):
+        """Call set_attention for the length of a `with` block."""
+        before = {layer: block.attn.attention for layer, block in enumerate(self.transformer.h)}
+        try:
+            self.set_attention(attention)
+            yield
+        finally:
+            self.set_attention(before)
+
+    def set_activation(self, activation):
+        """Let all blocks compute the MLP's activation with another function of a tensor."""
+        for block in self.transformer.h:
+            block.mlp.activation = activation
+
+    def set_dropout(self, kind):
+        """Let another kind of nn.Dropout draw the masks."""
+        for module in [self, *(block.attn for block in self.transformer.h), *(block.mlp for block in self.transformer.h)]:
+            module.drop = kind(module.drop.p)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

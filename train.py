@@ -17,15 +17,15 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib import checkpoint, decoding, fast, plots, runtime
+from lib import checkpoint, fast, plots, runtime
 from lib.configurator import check, configure
 from lib.console import fail, say
 from lib.data import Dataset, TrainingWindows, evaluation_batches
+from lib.evaluation import mean_loss, perplexity
+from lib.optimizers import Optimizers, Schedule, TrainingStep
 from lib.prepare import prepare_missing
-from lib.runtime import perplexity
 from model import GPT
 
 # ---- knobs ---------------------------------------------------------------------------------------------------------
@@ -154,8 +154,11 @@ model.to(device)
 if shard := shard and ranks > 1:
     runtime.shard(model, ranks, device)
 
-fast.speed_up(model)
-optimizers, parts = fast.make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
+if device == 'cpu':
+    fast.use_on_processor(model)
+optimizers = Optimizers(model, optimizer, (learning_rate, muon_learning_rate), weight_decay, (beta1, beta2))
+floor = min_lr / learning_rate if learning_rate else 1.0
+schedule = Schedule(max_iters, max_minutes, decay_lr, warmup_iters, lr_decay_iters, cooldown, floor)
 scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
 
 micro_steps = gradient_accumulation_steps // ranks   # of this rank
@@ -167,13 +170,19 @@ unseen = []   # step, loss and gradient norm of the steps since the last look
 if resumed:
     step, seconds, skipped = (resumed[key] for key in ('iter_num', 'seconds', 'skipped'))
     best_val_loss = checkpoint.best_loss(out_dir, float(resumed['best_val_loss']))
-    runtime.load_optimizers(optimizers, scaler, resumed, path)
+    optimizers.load(resumed, scaler, path)
     resumed = None   # its tensors would sit in memory twice
     say(f'resumed from {path} at iter {step}')
 
-compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
-gpus = [device] if device.startswith('cuda') else None
-trained = DistributedDataParallel(compiled, device_ids=gpus) if ranks > 1 and not shard else compiled
+loss_of = fast.TrainingLoss(model, lean=not shard)
+predict = model   # what evaluations call
+if compile:
+    loss_of = torch.compile(loss_of)
+    predict = torch.compile(model)
+if ranks > 1 and not shard:
+    gpus = [device] if device.startswith('cuda') else None
+    loss_of = DistributedDataParallel(loss_of, device_ids=gpus)
+training_step = TrainingStep(model, loss_of, optimizers, scaler, grad_clip, device, dtype)
 
 
 def load(first):
@@ -184,90 +193,29 @@ def load(first):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def micro_step(x, y, sync=True):
-    """Add the gradient of one batch to what the parameters hold; returns its loss."""
-    if shard:
-        model.set_requires_gradient_sync(sync)
-    elif ranks > 1:
-        trained.require_backward_grad_sync = sync
-    with runtime.autocast(device, dtype):
-        _, loss = trained(x, y)
-    with torch.autocast(device.partition(':')[0], enabled=False):
-        scaler.scale(loss / micro_steps).backward()
-    return loss.detach()
-
-
-def update(batches):
-    """One optimizer step from this rank's micro-batches [(x, y)] -> the sum of their losses, and the gradient's norm. Nothing
-    in here waits for a GPU, but for fp16's scale."""
-    loss = 0.0
-    with runtime.autocast(device, dtype):   # around all micro-steps: the weights are cast once for them
-        for i, (x, y) in enumerate(batches):
-            loss = loss + micro_step(x, y, sync=i == len(batches) - 1)
-    for p, rows, part in parts:
-        part.grad = p.grad[rows]   # a view, so that unscaling and clipping reach both
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if shard:
-        grad_norm = grad_norm.full_tensor()
-    if not scaler.is_enabled() or torch.isfinite(grad_norm):   # else fp16 overflowed: no update, and the scale goes down
-        for opt in optimizers:
-            opt.step()
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    return loss, grad_norm
-
-
-def schedule_step(step, elapsed):
-    """Return the step at which the schedule is: `step`, or a later one where time is shorter than steps.
-
-    The share of the run that is done is step / max_iters or elapsed / max_minutes, the larger of the two. Time counts
-    only once it leads by a hundredth of what is left. A stall of up to a hundredth of max_minutes therefore changes
-    nothing."""
-    if not max_minutes:
-        return step
-    steps_done = step / max(1, max_iters)
-    time_done = min(1.0, elapsed / (60 * max_minutes))
-    if time_done <= steps_done + 0.01 * (1 - time_done):
-        return step
-    return time_done * max_iters
-
-
-def schedule(step):
-    """Return the share of the peak rate at a step, which schedule_step may make fractional.
-
-    It is a linear warm-up, then a cosine decay, or with cooldown a constant and a linear fall; then min_lr."""
-    if not decay_lr:
-        return 1.0
-    floor = min_lr / learning_rate if learning_rate else 1.0
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    end = max_iters if lr_decay_iters is None else lr_decay_iters
-    if step >= end:
-        return floor
-    if cooldown:   # warm-up, stable, decay (arXiv 2405.18392)
-        return min(1.0, floor + (1 - floor) * (end - step) / (end * cooldown))
-    done = (step - warmup_iters) / (end - warmup_iters)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def evaluate(batches):
     """Validation loss in nats per token over a fixed sample of batches, or over the whole split for None."""
     pairs = evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks)
-    return runtime.mean_loss(compiled, pairs, device, dtype)
+    return mean_loss(predict, pairs, device, dtype)
+
+
+def sample_text():
+    """Return what the model writes after the first token of the validation split, between two lines."""
+    first = torch.tensor(data.split('val')[0][:1].astype('int64'), device=device)[None]           # (1, 1)
+    generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
+    idx = model.generate(first, 200, temperature=0.8, generator=generator)                        # (1, 201)
+    text = data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace')
+    return '\n'.join(('-' * 40, text, '-' * 40))
 
 
 def save(name):
     """Write a checkpoint into out_dir, from rank 0; returns whether that worked. A full disk costs this save, not the run."""
     look()
-    weights, states = runtime.whole(model.state_dict()), runtime.whole([opt.state_dict() for opt in optimizers])
-    cuda_states = torch.cuda.get_rng_state_all() if device.startswith('cuda') else []
+    weights, states = runtime.whole(model.state_dict()), runtime.whole(optimizers.state())
     return rank != 0 or checkpoint.keep(os.path.join(out_dir, name), dict(
         format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
         scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss,
-        seconds=max(seconds, elapsed), skipped=skipped, config=knobs,
-        rng=dict(torch=torch.get_rng_state(), cuda=cuda_states)))
+        seconds=max(seconds, elapsed), skipped=skipped, config=knobs))
 
 
 def look():
@@ -280,7 +228,7 @@ def look():
 
 
 def stop_not_finite(step, what):
-    rate = schedule(schedule_step(step, elapsed)) * learning_rate
+    rate = schedule.share(schedule.position(step, elapsed)) * learning_rate
     fail(f'iter {step}: {what}, learning rate {rate:.3g}, loss scale {scaler.get_scale():g}: no '
          f'longer finite; no checkpoint was overwritten; type a lower --learning_rate (and --muon_learning_rate), more '
          f'--warmup_iters, or --dtype=float32')
@@ -304,25 +252,12 @@ if eval_only:
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
     runtime.leave(0)
-if step < max_iters:
-    for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
-        started = time.perf_counter()
-        with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
-            float(micro_step(*load(step * sequences)))
-    model.zero_grad(set_to_none=True)
-    step_seconds = (time.perf_counter() - started) * micro_steps
-    needed = step_seconds * (max_iters - step)
-    allowed = 60 * max_minutes - seconds
-    say(f'estimated time: {runtime.clock(needed)} for {max_iters - step:,} steps, evaluations apart')
-    if max_minutes and needed > allowed > 0:
-        say(f'note: max_minutes={max_minutes:g} will end this run after about {allowed / step_seconds:,.0f} more steps; '
-            f'type --max_minutes=0 for all of them')
 if max_minutes and not decay_lr:
     say(f'note: with decay_lr=False the run of max_minutes={max_minutes:g} ends at a constant rate')
 
-step_once = update
+step_once = training_step
 if cuda_graph and device.startswith('cuda') and ranks == 1 and not scaler.is_enabled() and not grad_checkpointing:
-    step_once = fast.Graphed(update, optimizers)
+    step_once = fast.Graphed(training_step, optimizers)
 elif cuda_graph:
     say('note: cuda_graph is for one GPU, without fp16 and grad_checkpointing: steps are launched as ever')
 
@@ -363,7 +298,7 @@ while True:
             saved, saved_at = save('last.pt'), time.monotonic()
     if sample_interval and (last or step and step % sample_interval == 0) and (rank == 0 or shard):
         with runtime.autocast(device, dtype):   # on all ranks of a sharded model, which need each other
-            say(decoding.sample_text(model, data, seed, device))
+            say(sample_text())
     if out_of_time and step < max_iters:
         say(f'max_minutes={max_minutes:g} was reached after {step:,} of max_iters={max_iters:,} steps')
     if last:
@@ -384,14 +319,13 @@ while True:
     started = time.perf_counter()
     # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-    scheduled = schedule_step(step, elapsed)
+    scheduled = schedule.position(step, elapsed)
     if decay_lr and scheduled != step and not behind:
         behind = True
         say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps; '
             f'another run will not repeat this one bit for bit')
-    rate = schedule(scheduled)
-    for opt in optimizers:
-        fast.set_rate(opt, rate)
+    rate = schedule.share(scheduled)
+    optimizers.set_rates(rate)
     batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]
     with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
         loss, grad_norm = step_once(batches)

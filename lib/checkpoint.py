@@ -3,7 +3,7 @@ Checkpoints: one file that stands alone, written whole or not at all, verified w
 
 A checkpoint holds, under nanoGPT's keys where it has one: model (weights by Hugging Face's GPT-2 names), model_args
 (GPTConfig as a dict), tokenizer, optimizer (a list of state dicts), scaler, iter_num, best_val_loss, val_loss, seconds,
-skipped, config (the knobs), rng (of rank 0, for the record: train.py seeds every step anew) and format: tensors and plain
+skipped, config (the knobs) and format: tensors and plain
 types only. Also here: a run's folder and its log, and what a run or a script starts from.
 
 The file is what torch.save writes, a zip; the zip's comment holds the SHA-256 of all that comes before it.
@@ -12,15 +12,14 @@ import contextlib
 import csv
 import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import shlex
-import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -32,7 +31,6 @@ from lib import runtime
 from lib.configurator import checked
 from lib.console import fail, say
 from lib.data import Dataset, find_dataset, first_with
-from lib.plots import read_log
 from lib.tokenizers import load_tokenizer, make_tokenizer, read_hf_tokenizer
 from model import GPT, GPTConfig, fetch_pretrained, read_hf_config
 
@@ -149,6 +147,36 @@ def open_folder(out_dir, rank):
         fail(f'out_dir={out_dir} cannot be written ({error.strerror}); type --out_dir=FOLDER for another')
 
 
+def read_log(path):
+    """The rows of a log.csv as dicts of text, whole ones only: a machine that failed, or an editor, may have left others."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, csv.Error), open(path, newline='', encoding='utf-8', errors='replace') as f:
+        for row in csv.DictReader(f):
+            if None not in row.values() and re.fullmatch('[0-9]{1,15}', row.get('iter') or ''):
+                rows.append(row)
+    return rows
+
+
+def trackers(knobs):
+    """Functions of (row, step) that send a logged row to where the knobs say; their packages are optional."""
+    found = []
+    if knobs['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            fail('wandb_log needs the package wandb; type pip install wandb, or --wandb_log=False')
+        wandb.init(project=knobs['wandb_project'], name=knobs['wandb_run_name'], config=knobs)
+        found.append(lambda row, step: wandb.log(row, step=step))
+    if knobs['tensorboard_log']:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
+        board = SummaryWriter(os.path.join(knobs['out_dir'], 'tensorboard'))
+        found.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
+    return found
+
+
 class RunLog:
     """A run's log.csv, and what of its rows goes elsewhere. Until it has begun, as on all ranks but one, rows go nowhere."""
     columns = dict(iter='d', tokens='d', train_loss='.6f', val_loss='.6f', lr='.6g', grad_norm='.6g', tok_per_s='.0f',
@@ -161,7 +189,7 @@ class RunLog:
         """Take the folder: lock it, write config.json (knobs, facts, versions, machine) and a log.csv with the rows before
         `step`, the one resumed at, or for None none, an earlier run moved aside. Raises SystemExit where that cannot be."""
         try:
-            self.trackers = runtime.trackers(knobs)
+            self.trackers = trackers(knobs)
             self.lock = runtime.lock(self.out_dir)   # as long as this process lives
             if step is None:
                 set_aside(self.out_dir)
@@ -586,28 +614,3 @@ def find_tokenizer(loaded, path, model, data_dirs):
              f'--checkpoint=FILE for another')
     model.drawable = tokenizer.vocab_size
     return tokenizer
-
-
-def nanogpt(folder, *shape):
-    """The GPT of a clone of nanoGPT, made by its own model.py (which is run) from GPTConfig(*shape), to be measured beside."""
-    try:
-        spec = importlib.util.spec_from_file_location('nanogpt', os.path.join(folder, 'model.py'))
-        theirs = importlib.util.module_from_spec(spec)
-        sys.modules['nanogpt'] = theirs   # which its dataclass looks up
-        with contextlib.redirect_stdout(sys.stderr):
-            spec.loader.exec_module(theirs)
-            return theirs.GPT(theirs.GPTConfig(*shape))
-    except (Exception, SystemExit) as error:   # it is whatever a file holds
-        fail(f'peer=nanogpt:{folder}: its model.py is not nanoGPT\'s ({type(error).__name__}: {error}); type '
-             f'--peer=nanogpt:PATH')
-
-
-def transformers_gpt2(block_size, vocab_size, n_layer, n_head, n_embd, dropout):
-    """transformers' GPT-2 of a shape with random weights, to be measured beside."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel  # here: only this peer needs it
-    except ImportError:
-        fail('peer=transformers needs the package transformers; type pip install -r requirements-dev.txt')
-    return GPT2LMHeadModel(GPT2Config(
-        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None))

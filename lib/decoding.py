@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib.data import evaluation_batches
-from lib.runtime import aside, captured, cpu_has_avx512, mean_loss
+from lib.evaluation import mean_loss
+from lib.runtime import aside, captured, cpu_has_avx512
 from model import Block, LayerCache, check_sampling, choose, fused_attention
 
 
@@ -93,8 +94,7 @@ def narrow(model, dtype, quantize=''):
     """Keep a finished model's matrices in the precision they are multiplied in: replace its linear layers, the head among them,
     by narrow ones, in place. Embeddings, of which a step reads a row, norms and the residual stream stay fp32.
     Autocast instead casts all matrices at every token, and makes GPT-2 slower in bf16 than in fp32 (results/negative.md)."""
-    for block in model.transformer.h:
-        block.attn.attend = attend
+    model.set_attention(attend)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
@@ -217,10 +217,7 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
         state.position += 1
         seen.index_copy_(1, state.position, state.token)
 
-    attends = [block.attn.attend for block in model.transformer.h]
-    try:
-        for block in model.transformer.h:
-            block.attn.attend = masked
+    with model.attention_set(masked):
         for i in range(T, T + steps):
             if i >= state.span:
                 state.span, replay = min(block_size, 256 * (i // 256 + 1)), step
@@ -229,16 +226,5 @@ def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=
                     replay = captured(step)
             replay()
             yield state.token.clone()
-    finally:
-        for block, attend in zip(model.transformer.h, attends):
-            block.attn.attend = attend
     if steps + 1 < max_new_tokens:   # past block_size the window is recomputed
         yield from model.stream(seen, max_new_tokens - steps - 1, *knobs, chance[:, steps + 1:], kv_cache=False)
-
-
-def sample_text(model, data, seed, device):
-    """What a model in training writes after the first token of the validation split, between two lines."""
-    first = torch.tensor(data.split('val')[0][:1].astype('int64'), device=device)[None]           # (1, 1)
-    generator = torch.Generator(device).manual_seed(seed)   # its own, so that looking does not move training
-    idx = model.generate(first, 200, temperature=0.8, generator=generator)                        # (1, 201)
-    return '-' * 40 + '\n' + data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace') + '\n' + '-' * 40

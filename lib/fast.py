@@ -1,45 +1,34 @@
 """
-Faster ways to the same numbers in training, and the optimizers. `speed_up` puts the former into a model, which computes the
-same without them (dropout alone draws other masks); `make_optimizers` gives AdamW, or Muon beside it.
+Faster ways to the same numbers in training. Letters as in model.py.
 
-On a processor torch's dropout, attention and cross-entropy lose more time than the matrix products leave room for; on a GPU
-small nets wait for kernels to be launched, and Muon's many small products do so everywhere. Letters as in model.py.
+On a processor torch's dropout, attention, GELU and cross-entropy lose more time than the matrix
+products leave room for. `use_on_processor` puts the ways of this file into a model through its
+setters; the model computes the same without them, but for dropout's other masks. `TrainingLoss` is
+the loss that train.py minimizes. On a GPU small nets wait for kernels to be launched: `Graphed`
+records a training step and replays it.
 """
 import ctypes
 import math
 import platform
-import types
 
 import torch
 from torch import nn
 
-from lib.runtime import aside, captured, cpu_has_avx512, cpu_has_bf16
-from model import ACTIVATIONS, GPT, fused_attention
+from lib.runtime import aside, captured, cpu_has_avx512
+from model import ACTIVATIONS, fused_attention
 
-# Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one an iteration (the polar express, arXiv 2505.16932).
-# Each polynomial is the nearest to 1 on the interval to which the earlier ones map [0.01, 1.02]; the norm that brings s below
-# 1 is rounded in bf16, and beyond 1.03 the first polynomials explode. Three of them take such s to between 0.72 and 1.28;
-# smaller s grow 77-fold. torch.optim.Muon takes (3.4445, -4.775, 2.0315) five times; the main job's loss is the same with
-# three fifths of its products (results/negative.md).
-POLAR = ((7.9424, -22.2873, 15.8239), (3.6465, -2.7291, 0.5374), (2.6758, -1.9890, 0.4539))
 KEEP_WEIGHTS = 512     # tokens up to which attention keeps its weights for the backward pass
 ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, which a processor's cache may hold
 
 
-def speed_up(model):
-    """Make a GPT train faster where it is now, through the places model.py leaves for that; returns the model."""
-    model.forward = types.MethodType(lean_forward, model)   # a method, which a copy of the model takes as its own
-    if next(model.parameters()).device.type == 'cpu':
-        keep_memory()
-        for layer in list(model.modules()):
-            if getattr(layer, 'attend', None) is fused_attention:   # not where the explicit formula was asked for
-                layer.attend = attend
-            if getattr(layer, 'activation', None) is ACTIVATIONS['gelu']:
-                layer.activation = gelu
-            for name, child in layer.named_children():
-                if type(child) is nn.Dropout:
-                    setattr(layer, name, Dropout(child.p))
-    return model
+def use_on_processor(model):
+    """Let a GPT train on a processor with this file's attention, GELU and dropout."""
+    keep_memory()
+    if model.config.flash:   # False asks for the formula
+        model.set_attention(attend)
+    if model.config.activation == 'gelu':
+        model.set_activation(gelu)
+    model.set_dropout(Dropout)
 
 
 def keep_memory():
@@ -194,12 +183,23 @@ def block_weights(q, k, start, end):
 
 # ---- head and loss -------------------------------------------------------------------------------------------------
 
-def lean_forward(model, idx, targets=None):
-    """GPT.forward; in training over a large vocabulary without handing out logits, (None, loss)."""
-    if targets is None or not model.training or model.config.vocab_size < 4096 or torch.compiler.is_compiling():
-        return GPT.forward(model, idx, targets)   # compiled, torch fuses the loss itself
-    logits = model.lm_head(model.hidden(idx))                                                     # (B, T, V)
-    return None, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), model.config.label_smoothing)
+class TrainingLoss(nn.Module):
+    """The loss of a GPT on targets: (idx, targets) -> mean nats, a tensor.
+
+    lean: over a large vocabulary, never hold the gradient of the logits beside them (CrossEntropy).
+    Compiled, torch fuses the loss itself."""
+
+    def __init__(self, model, lean=True):
+        super().__init__()
+        self.model = model
+        self.lean = lean and model.config.vocab_size >= 4096
+
+    def forward(self, idx, targets):
+        if not self.lean or torch.compiler.is_compiling():
+            return self.model(idx, targets)[1]
+        logits = self.model.lm_head(self.model.hidden(idx))               # (B, T, V)
+        smoothing = self.model.config.label_smoothing
+        return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), smoothing)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -228,116 +228,39 @@ class CrossEntropy(torch.autograd.Function):
         return gradient.mul_((dloss / ctx.count.clamp(min=1)).to(gradient.dtype)), None, None
 
 
-# ---- optimizers ----------------------------------------------------------------------------------------------------------
-
-def make_optimizers(model, name, learning_rate, muon_learning_rate, weight_decay, betas):
-    """AdamW for all of a model's parameters, or for 'muon' Muon for the blocks' matrices and AdamW for the rest.
-
-    Returns the optimizers, each group with its 'peak' rate, and (parameter, rows, part): what Muon sees as a parameter is a
-    part that shares the model's storage, QKV being three, and needs parameter.grad[rows] as its gradient."""
-    device = next(model.parameters()).device.type
-    parts = [(p, rows, nn.Parameter(p.detach()[rows])) for p, rows in muon_matrices(model)] if name == 'muon' else []
-    groups, muons = model.optimizer_groups(weight_decay), {id(p) for p, _, _ in parts}
-    for group in groups:
-        group['params'] = [p for p in group['params'] if id(p) not in muons]
-    made = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device != 'mps')]
-    if parts:
-        made.append(Muon([part for _, _, part in parts], precise=device == 'cpu' and not cpu_has_bf16(),
-                         lr=muon_learning_rate, weight_decay=weight_decay))
-    for opt, peak in zip(made, (learning_rate, muon_learning_rate)):
-        for group in opt.param_groups:
-            group['peak'] = peak
-    return made, parts
-
-
-def muon_matrices(model):
-    """The blocks' matrices as Muon takes them: (parameter, row slice); QKV is three matrices in one tensor.
-
-    Embeddings and head stay with AdamW (kellerjordan.github.io/posts/muon)."""
-    C = model.config.n_embd
-    for name, p in model.transformer.h.named_parameters():
-        if p.dim() == 2:
-            for start in range(0, p.size(0), C) if name.endswith('c_attn.weight') else (None,):
-                yield p, slice(None) if start is None else slice(start, start + C)
-
-
-def set_rate(opt, share):
-    """Give every group of an optimizer its share of the peak rate; in place where a CUDA graph reads it."""
-    for group in opt.param_groups:
-        if isinstance(group['lr'], torch.Tensor):
-            group['lr'].fill_(group['peak'] * share)
-        else:
-            group['lr'] = group['peak'] * share
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (kellerjordan.github.io/posts/muon) with all matrices of a shape orthogonalized together: 13 instead of
-    24 ms for 4 layers of 128 on two cores. In fp32 where the processor has no bf16: emulated it takes five times as long."""
-
-    def __init__(self, params, precise=False, **settings):
-        super().__init__(params, **settings)
-        self.precise = precise
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault(tuple(p.shape), []).append(p)
-            for (rows, columns), params in shapes.items():
-                grads = [p.grad for p in params]
-                averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
-                updates = torch.stack(torch._foreach_lerp(grads, averages, group['momentum']))    # Nesterov's look ahead
-                updates = orthogonalized(updates if self.precise else updates.bfloat16(), group['eps'])
-                updates = list((updates.to(params[0].dtype) * (group['lr'] * math.sqrt(max(1, rows / columns)))).unbind())
-                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_sub_(params, updates)
-
-
-def orthogonalized(x, eps):
-    """Return matrices (n, rows, columns) with the same singular vectors and singular values near 1, by POLAR's polynomials.
-
-    s -> a s + b s^3 + c s^5 is a x + (b g + c g g) x, where g = x xT. eps: the least norm that is divided by."""
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for a, b, c in POLAR:
-        gram = x @ x.mT                                                                           # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------
 
 class Graphed:
-    """A training step, update([(x, y), ...]) -> (loss, norm), that after three calls is recorded as one CUDA graph and from
-    then on replayed: a small net's step is some hundred kernels that take less time to run than to launch (nanoGPT's PR #392:
-    22 instead of 40 ms). For one GPU, without fp16's scaler, which waits; dropout follows torch.manual_seed here too.
-    Written after torch's documentation and tested step by step on a processor; not yet run on a GPU."""
+    """A training step that is recorded as one CUDA graph in its fourth call, and then replayed.
 
-    def __init__(self, update, optimizers):
-        self.update, self.calls, self.replay = update, 0, None
-        for opt in optimizers:
+    A small net's step is some hundred kernels that take less time to run than to launch (nanoGPT's
+    PR #392: 22 instead of 40 ms). For one GPU, without fp16's scaler, which waits for the GPU.
+    Dropout follows torch.manual_seed in a replay too."""
+
+    def __init__(self, step, optimizers):
+        """step: called with [(x, y), ...], returns (loss, norm). optimizers: an Optimizers."""
+        self.step = step
+        self.calls = 0
+        self.replay = None
+        for opt in optimizers.all:
             for group in opt.param_groups:
                 device = group['params'][0].device
                 group['lr'] = torch.tensor(float(group['lr']), device=device)
                 if 'capturable' in group:
                     group['capturable'] = device.type == 'cuda'
-                for p in group['params']:   # of a resumed run
+                for p in group['params']:   # a resumed run has states
                     if 'step' in opt.state.get(p, ()):
                         opt.state[p]['step'] = opt.state[p]['step'].to(device)
 
     def __call__(self, batches):
         self.calls += 1
-        if self.calls <= 3:   # the first ones compile and allocate
-            return aside(lambda: self.update(batches))
+        if self.calls <= 3:   # the first calls compile and allocate
+            return aside(lambda: self.step(batches))
         tokens = [t for pair in batches for t in pair]
         if not self.replay:
             self.fed = [t.clone() for t in tokens]
             pairs = list(zip(self.fed[::2], self.fed[1::2]))
-            self.replay = captured(lambda: self.update(pairs))
+            self.replay = captured(lambda: self.step(pairs))
         for t, new in zip(self.fed, tokens):
             t.copy_(new)
         loss, norm = self.replay()

@@ -41,27 +41,20 @@ def watched(model, layers, outputs=False):
     Yields a dict that each forward pass fills anew: {layer: {'weights': (B, nh, T, S)}}, with outputs=True also 'outputs'
     (B, nh, T, hs), each head's before the projection; in fp32, on the CPU. Raises ValueError for a layer that is not there."""
     check_layers(model, layers)
-    seen, undo = {}, []
+    seen = {}
 
-    def put_in(layer, attn):
-        attend = attn.attend
-
+    def explicit_attention_of(layer):
         def explicit(q, k, v, dropout=0.0):
             with torch.autocast(q.device.type, enabled=False):
                 weights = attention_weights(q.float(), k.float())                                 # (B, nh, T, S)
                 y = weights @ v.float()                                                           # (B, nh, T, hs)
             seen[layer] = dict(weights=weights.cpu()) | (dict(outputs=y.cpu()) if outputs else {})
             return y.type_as(v)
-        attn.attend = explicit
-        undo.append(lambda: setattr(attn, 'attend', attend))
-    try:
-        for layer in dict.fromkeys(layers):
-            put_in(layer, model.transformer.h[layer].attn)
+        return explicit
+
+    with model.attention_set({layer: explicit_attention_of(layer) for layer in layers}):
         with torch.no_grad():
             yield seen
-    finally:
-        for take_out in undo:
-            take_out()
 
 
 @contextlib.contextmanager

@@ -1,24 +1,15 @@
 """
-The rows of a run's log.csv, and pictures of them, of benchmarks and of what analyze.py finds. matplotlib is imported where a
-picture is drawn: training goes on without.
+Pictures: of a run's log, of benchmarks, and of what analyze.py finds.
+
+matplotlib is imported where a picture is drawn: training goes on without it.
 """
 import contextlib
-import csv
 import math
 import re
 import warnings
 
+from lib.checkpoint import read_log
 from lib.console import say
-
-
-def read_log(path):
-    """The rows of a log.csv as dicts of text, whole ones only: a machine that failed, or an editor, may have left others."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, csv.Error), open(path, newline='', encoding='utf-8', errors='replace') as f:
-        for row in csv.DictReader(f):
-            if None not in row.values() and re.fullmatch('[0-9]{1,15}', row.get('iter') or ''):
-                rows.append(row)
-    return rows
 
 
 @contextlib.contextmanager

@@ -37,10 +37,6 @@ def clock(seconds):
     return f'{hours:,}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s'
 
 
-def perplexity(nats):
-    return math.exp(min(nats, 700))   # above that it is no longer a float
-
-
 def check_json(path):
     """Fails now, not after minutes of work, where write_json could not write."""
     if path not in ('', '-') and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
@@ -203,26 +199,6 @@ def autocast(device, dtype):
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))
-
-
-def trackers(knobs):
-    """Functions of (row, step) that send a logged row to where the knobs say; their packages are optional."""
-    found = []
-    if knobs['wandb_log']:
-        try:
-            import wandb
-        except ImportError:
-            fail('wandb_log needs the package wandb; type pip install wandb, or --wandb_log=False')
-        wandb.init(project=knobs['wandb_project'], name=knobs['wandb_run_name'], config=knobs)
-        found.append(lambda row, step: wandb.log(row, step=step))
-    if knobs['tensorboard_log']:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail('tensorboard_log needs the package tensorboard; type pip install tensorboard, or --tensorboard_log=False')
-        board = SummaryWriter(os.path.join(knobs['out_dir'], 'tensorboard'))
-        found.append(lambda row, step: [board.add_scalar(key, value, step) for key, value in row.items()])
-    return found
 
 
 def wait(device):
@@ -413,61 +389,6 @@ def whole(tree):
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     return [whole(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def load_optimizers(optimizers, scaler, loaded, path):
-    """Give optimizers and fp16's scaler the states of the checkpoint in path; fails where they are of others."""
-    states = loaded['optimizer'] if isinstance(loaded['optimizer'], list) else [loaded['optimizer']]   # nanoGPT's is one
-    try:
-        for opt, state in zip(optimizers, states, strict=True):
-            load_optimizer(opt, state)
-        if scaler.is_enabled():
-            scaler.load_state_dict(loaded.get('scaler') or {})
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        now, other = ('muon', 'adamw') if len(optimizers) > 1 else ('adamw', 'muon')
-        fail(f'{path}: its optimizer state is not of optimizer={now} ({error}); type --optimizer={other}')
-
-
-def load_optimizer(opt, state):
-    """Take over the tensors of a whole state dict, a sharded parameter its part of them; rates and the like stay opt's own.
-
-    Raises ValueError for tensors that are not those of opt's parameters: fused kernels would read past their ends."""
-    params = [p for group in opt.param_groups for p in group['params']]
-    keys = {'step', 'exp_avg', 'exp_avg_sq'} if isinstance(opt, torch.optim.AdamW) else {'momentum_buffer'}
-    if set(state['state']) not in (set(), set(range(len(params)))):
-        raise ValueError(f'it has {len(state["state"])} of {len(params)} parameters')
-    for i, tensors in state['state'].items():
-        for key in keys | set(tensors):
-            value, shape = tensors.get(key), torch.Size() if key == 'step' else params[i].shape
-            if (key not in keys or not isinstance(value, torch.Tensor) or value.shape != shape
-                    or not torch.isfinite(value).all()):
-                raise ValueError(f'the {key} of parameter {i} is not what it should be')
-            if is_sharded(params[i]) and key != 'step':
-                # imported here: torch.distributed.tensor takes half a second
-                from torch.distributed.tensor import distribute_tensor
-                tensors[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
-    groups = opt.state_dict()['param_groups']
-    for own, saved in zip(groups, state['param_groups']):
-        own['lr'] = float(saved['lr'])   # of the last step, for the record: every step sets its own
-    opt.load_state_dict(dict(state=state['state'], param_groups=groups))
-
-
-@torch.no_grad()
-def mean_loss(model, batches, device, dtype):
-    """Mean nats per target over batches of x, y (B, T), the shares of all ranks together; leaves model's mode as it was."""
-    was_training, nats, targets = model.training, 0.0, 0
-    model.eval()
-    for x, y in batches:
-        with autocast(device, dtype):
-            logits, _ = model(x.to(device))                                                       # (B, T, V)
-        some = max(1, 2**24 // logits.size(2))   # rows at a time: of a large vocabulary's logits only these in fp32
-        for rows, row_targets in zip(logits.flatten(0, 1).split(some), y.to(device).flatten().split(some)):
-            losses = F.cross_entropy(rows.float(), row_targets, ignore_index=-1, reduction='none')
-            nats = nats + losses.to('cpu' if device == 'mps' else device, torch.float64).sum()   # the same for any batch size
-        targets += int((y >= 0).sum())
-    model.train(was_training)
-    nats, targets = total([float(nats), targets], device)
-    return nats / targets
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------

@@ -168,8 +168,9 @@ def changed(run, monkeypatch, old, new):
     """analyze.py with one line of it otherwise."""
     source = (ROOT / 'analyze.py').read_text()
     assert old in source
-    for path in [*ROOT.glob('*.py'), ROOT / 'report.html']:
+    for path in ROOT.glob('*.py'):
         shutil.copy(path, run)
+    shutil.copytree(ROOT / 'lib', run / 'lib', dirs_exist_ok=True)
     (run / 'analyze.py').write_text(source.replace(old, new))
     monkeypatch.setattr('conftest.ROOT', run)
 

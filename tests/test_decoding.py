@@ -127,7 +127,7 @@ def test_the_step_of_the_graph_gives_the_same_text(changes, T):
             ours, plain = ([new.clone() for new in stream(idx, count, chance=chance[:, :count], **knobs)]
                            for stream in (lambda *a, **k: decoding.graph_stream(net, *a, **k), net.stream))
             assert torch.equal(torch.cat(ours, 1), torch.cat(plain, 1))
-    assert all(block.attn.attend is gpt.fused_attention for block in net.transformer.h)   # left as it was
+    assert all(block.attn.attention is gpt.fused_attention for block in net.transformer.h)   # left as it was
     for idx, knobs in ((torch.tensor([[61]]), {}), (tokens(1, 4), dict(temperature=-1.0)), (tokens(1, 4), dict(top_k=0))):
         with pytest.raises(ValueError):
             list(decoding.graph_stream(net, idx, 3, chance=chance, **knobs))

@@ -29,7 +29,7 @@ def measure(net, ways):
     """Seconds of a step with these ways, the median of some; run in a process of its own."""
     import torch
 
-    from lib import fast, runtime
+    from lib import fast, optimizers
     from model import GPT, GPTConfig
     torch.manual_seed(1)
     torch.set_float32_matmul_precision('medium' if 'onednn' in ways else 'highest')
@@ -41,37 +41,29 @@ def measure(net, ways):
         shape['vocab_size'] = -(-shape['vocab_size'] // 64) * 64
     main = net == 'main'
     model = GPT(GPTConfig(**shape, dropout=share, bias=main, activation='gelu' if main else 'gelu_erf'))
-    for layer in list(model.modules()):
-        if hasattr(layer, 'attend') and 'attention' in ways:
-            layer.attend = fast.attend
-        if hasattr(layer, 'activation') and 'gelu' in ways:
-            layer.activation = fast.gelu
-        for name, child in layer.named_children():
-            if type(child) is torch.nn.Dropout and 'dropout' in ways:
-                setattr(layer, name, fast.Dropout(child.p))
-    if 'dropout' not in ways:
-        fast.kept = lambda shape, p, dtype: torch.empty(shape, dtype=dtype).bernoulli_(1 - p)
-    if 'loss' in ways:
-        model.forward = lambda idx, targets: fast.lean_forward(model, idx, targets)
+    if 'attention' in ways:
+        model.set_attention(fast.attend)
+    if 'gelu' in ways:
+        model.set_activation(fast.gelu)
+    if 'dropout' in ways:
+        model.set_dropout(fast.Dropout)
+    else:
+        fast.kept = lambda shape, p, dtype, generator=None: torch.empty(shape, dtype=dtype).bernoulli_(1 - p)
+    loss_of = fast.TrainingLoss(model, lean='loss' in ways)
     name = 'muon' if net in ('0.8M', 'main') else 'adamw'
-    optimizers, parts = fast.make_optimizers(model, name, 1e-3, 0.02, 0.1, (0.9, 0.95))
+    made = optimizers.Optimizers(model, name, (1e-3, 0.02), 0.1, (0.9, 0.95))
     if 'polar' not in ways:
-        fast.POLAR = ((3.4445, -4.775, 2.0315),) * 5   # torch.optim.Muon's
-    if parts and 'muon' not in ways:
-        optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]['params'], lr=0.02)
+        optimizers.POLAR = ((3.4445, -4.775, 2.0315),) * 5   # torch.optim.Muon's
+    if made.parts and 'muon' not in ways:
+        made.all[1] = torch.optim.Muon(made.all[1].param_groups[0]['params'], lr=0.02)
+    dtype = 'bfloat16' if 'bf16' in ways else 'float32'
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    step = optimizers.TrainingStep(model, loss_of, made, scaler, 1.0, 'cpu', dtype)
     idx = torch.randint(65, (B, T + 1))
     times = []
     for _ in range(2 + {'124M': 2, '10.65M': 3, '0.8M': 40, 'main': 40}[net]):   # the first two allocate
         started = time.perf_counter()
-        with runtime.autocast('cpu', 'bfloat16' if 'bf16' in ways else 'float32'):
-            loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[1]
-        loss.backward()
-        for p, rows, part in parts:
-            part.grad = p.grad[rows]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in optimizers:
-            opt.step()
-        model.zero_grad(set_to_none=True)
+        step([(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())])
         times.append(time.perf_counter() - started)
     print(statistics.median(times[2:]))
 
