@@ -322,8 +322,8 @@ while True:
     scheduled = schedule.position(step, elapsed)
     if decay_lr and scheduled != step and not behind:
         behind = True
-        say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps; '
-            f'another run will not repeat this one bit for bit')
+        say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps, and '
+            f'another run will not repeat this one bit for bit; type --max_minutes=0 for all {max_iters:,} steps')
     rate = schedule.share(scheduled)
     optimizers.set_rates(rate)
     batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]

@@ -138,6 +138,7 @@ def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
     assert '0 runs to do' in script('ablate.py', 'heads', *wild).err
     for path in ROOT.glob('*.py'):
         shutil.copy(path, '.')
+    shutil.copytree(ROOT / 'lib', 'lib')
     source = open('train.py').read()
     with open('train.py', 'w') as f:
         f.write(source.replace('    step += 1\n', '    step += 1\n    raise OSError("the roof fell in")\n'))

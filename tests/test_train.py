@@ -337,7 +337,7 @@ def test_time_ends_a_run_with_its_schedule_decayed(mini, script):
     steps = int(rows[-1]['iter'])
     assert 1 < steps < 1_000_000 and rows[-1]['val_loss']
     for words in (f'max_minutes=0.01 was reached after {steps:,} of max_iters=1,000,000 steps', 'on the whole split',
-                  f'done: {steps:,} steps', 'max_minutes=0.01 will end this run after about', '--max_minutes=0',
+                  f'done: {steps:,} steps', 'type --max_minutes=0 for all 1,000,000 steps',
                   'from here the learning rate follows max_minutes=0.01'):
         assert words in result.err, words
     assert checkpoint.load('out/last.pt')['iter_num'] == steps
