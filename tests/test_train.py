@@ -755,7 +755,7 @@ def test_cooldown(mini, script):
 
 
 def test_a_cooldown_needs_a_decay(mini, refused):
-    refused('train.py', *TINY, '--cooldown=0.5', '--decay_lr=False', words=['cooldown=0.5', 'decay_lr=False', '--cooldown=0'])
+    refused('train.py', *TINY, '--cooldown=0.5', '--decay_lr=False', words=['cooldown=0.5', 'decay_lr=True', '--cooldown=0'])
 
 
 def test_zero_init(mini, script):
