@@ -351,13 +351,13 @@ else:
     _, compile = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
     precisions = chosen_precisions(['float32', 'bfloat16', 'int8'])
     theirs = [precision for precision in precisions if precision != 'int8'] or ['float32']
-    others = []
+    beside = []   # (who, precision, function)
     for name in others:
         if name == 'transformers':
-            others += [('transformers', precision, transformers_peer(precision)) for precision in theirs]
+            beside += [('transformers', precision, transformers_peer(precision)) for precision in theirs]
         else:
-            others.append(('nanogpt', 'float32', nanogpt_peer(name[8:])))
-    measured = [('ours', precision, ours(precision)) for precision in precisions] + others
+            beside.append(('nanogpt', 'float32', nanogpt_peer(name[8:])))
+    measured = [('ours', precision, ours(precision)) for precision in precisions] + beside
 
     show(f'{"":14} {"":9} batch context prefill ms  first ms  step ms    tok/s   MB/token  of the read rate')
     with torch.inference_mode():

@@ -223,7 +223,8 @@ if resumed:
 
 def out_of_memory_explained():
     """Return a context that turns running out of memory into advice on the batch's size."""
-    return runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device)
+    return runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size,
+                                           device)
 
 
 # ---- evaluate and save ---------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
     shutil.copytree(ROOT / 'lib', 'lib')
     source = open('train.py').read()
     with open('train.py', 'w') as f:
-        f.write(source.replace('    step += 1\n', '    step += 1\n    raise OSError("the roof fell in")\n'))
+        f.write(source.replace('    now.step += 1\n', '    now.step += 1\n    raise OSError("the roof fell in")\n'))
     monkeypatch.setattr('conftest.ROOT', mini)
     result = script('ablate.py', 'norm', *FLAGS, '--variants=pre,post', '--seeds=1')
     assert result.code == 0 and result.out.count('0; seed 1 failed: OSError: the roof fell in') == 2

@@ -288,7 +288,7 @@ def test_one_ranks_error_ends_all(mini, process):
     with open('data/mini/meta.pkl', 'wb') as f:
         pickle.dump(dict(itos=dict(enumerate(meta['tokenizer']['chars']))), f)
     started = time.monotonic()
-    code = 'import data, runpy, sys; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
+    code = 'import runpy, sys; from lib import data; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
            'runpy.run_path(sys.argv[0], run_name="__main__")'
     (mini / 'start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {code}')
     done = subprocess.run([PYTHON, *TORCHRUN, 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',

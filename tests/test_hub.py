@@ -185,7 +185,7 @@ def harm(kind):
 @pytest.mark.parametrize('kind, word', [
     ('llama', 'llama'), ('epsilon', 'layer_norm_epsilon=1e-06'), ('inner', 'n_inner=7'), ('activation', 'silu'), ('layers', 'n_layer=1000000000'),
     ('text', "n_layer='5'"), ('heads', 'n_head'), ('scaled', 'scale_attn_by_inverse_layer_idx'), ('vocabulary', 'transformer.wte.weight'),
-    ('list', 'activation_function'), ('null', 'n_embd=None'), ('no config', 'config.json'), ('no json', 'Expecting'), ('no object', 'no GPT-2'),
+    ('list', 'activation_function'), ('null', 'n_embd=None'), ('no config', 'config.json'), ('no json', 'Expecting'), ('no object', 'not a supported GPT-2'),
     ('no weights', 'model.safetensors'), ('missing', 'transformer.h.3.mlp.c_fc.weight'), ('unexpected', 'score.weight'),
     ('not finite', 'not finite'), ('integers', 'not finite numbers'), ('cut', 'model.safetensors'), ('offsets', 'model.safetensors'), ('huge header', 'model.safetensors')])
 def test_what_is_no_gpt2_is_refused(folder, refused, kind, word):

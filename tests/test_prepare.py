@@ -255,7 +255,7 @@ def test_interrupted_in_the_middle_of_the_others(folder, name):
         f.write(b'<mediawiki xmlns=')
         for _ in range(900):
             f.write(os.urandom(50_000).hex().encode() + b'\n')
-    slow = 'import os, time, data; real = data.np.asarray; data.np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
+    slow = 'import os, time; import numpy as np; real = np.asarray; np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
     Path('start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {slow}; import runpy; runpy.run_path({str(ROOT / name)!r}, run_name="__main__")')
     run = subprocess.Popen([PYTHON, 'start.py', '--input=b.txt', *['--partial'] * ('enwik8' in name)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -572,7 +572,7 @@ def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
         with open('a.txt', 'a') as f:
             f.write(END_OF_TEXT + 'more')
         return real(*given)
-    monkeypatch.setattr(data, 'split_documents', choose)
+    monkeypatch.setattr(prepare, 'split_documents', choose)
     refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['a.txt changed while it was read'])
     assert not os.path.exists('data/mine')
 
