@@ -159,7 +159,7 @@ def test_sample_in_int8_shows_its_loss(script, trained, folder):
     flags = [f'--out_dir={trained}', '--start=so', '--max_new_tokens=30', '--device=cpu', '--quantize=int8', '--temperature=0']
     shown = script('sample.py', *flags, f'--data_dir={trained.parent / "data"}')
     assert shown.code == 0 and 'int8: ' in shown.err and 'in float32' in shown.err and len(shown.out) == 33
-    assert 'type python evaluate.py' in script('sample.py', *flags, '--data_dir=nowhere').err
+    assert 'what int8 costs was not measured' in script('sample.py', *flags, '--data_dir=nowhere').err
     measured = json.loads(script('evaluate.py', f'--out_dir={trained}', f'--data_dir={trained.parent / "data"}', '--device=cpu',
                                  '--quantize=int8', '--json=-').out)
     plain = json.loads(script('evaluate.py', f'--out_dir={trained}', f'--data_dir={trained.parent / "data"}', '--device=cpu',
