@@ -1,14 +1,14 @@
 """
 How well a model predicts a split: every token of it once, in nats, bits per byte and per character.
 
-    python evaluate.py                                        # the validation split of the run in out/
-    python evaluate.py --stride=16                            # more context for each token
+    python evaluate.py                                     # the validation split of the run in out/
+    python evaluate.py --stride=16                         # more context for each token
     python evaluate.py --init_from=gpt2 --dataset=shakespeare --json=-
-    python evaluate.py --quantize=int8                        # and what int8 weights cost
-    torchrun --standalone --nproc_per_node=2 evaluate.py      # the same number, sooner
+    python evaluate.py --quantize=int8                     # and what int8 weights cost
+    torchrun --standalone --nproc_per_node=2 evaluate.py   # the same number, sooner
 
-Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table to stdout, or JSON
-there or into a file.
+Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table to stdout, or
+JSON there or into a file.
 """
 import math
 import os
