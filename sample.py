@@ -119,7 +119,7 @@ def write_samples(new_tokens, prompt, tokenizer):
 
     new_tokens: yields the next token of each text, (B, 1)."""
     texts = [Text(tokenizer) for _ in range(num_samples)]
-    titles = [prompt] * num_samples
+    titles = [prompt]
     if num_samples > 1:
         titles = [f'{"-" * 15} sample {i + 1}\n{prompt}' for i in range(num_samples)]
     later = titles[1:]

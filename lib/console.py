@@ -102,7 +102,8 @@ def read_prompt(start, longest=1 << 24):
 
     Line ends stay as they are. Fails for more than `longest` characters."""
     if start == '-' and sys.stdin is None:
-        fail('--start=- reads standard input, and there is none; type --start=TEXT or --start=FILE:path')
+        fail('--start=- reads standard input, and there is none; '
+             'type --start=TEXT or --start=FILE:path')
     try:
         if start == '-':
             text = _read_stdin(longest + 1)
@@ -116,8 +117,8 @@ def read_prompt(start, longest=1 << 24):
     except (OSError, UnicodeDecodeError) as error:
         fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
-        fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; type --start=FILE:path for a '
-             f'shorter one')
+        fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; '
+             f'type --start=FILE:path for a shorter one')
     return text
 
 
@@ -129,4 +130,4 @@ def _read_stdin(longest):
     try:
         return decoded.read(longest)
     finally:
-        decoded.detach()   # else collecting `decoded` would close standard input
+        decoded.detach()   # collecting `decoded` would close standard input

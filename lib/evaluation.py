@@ -20,8 +20,8 @@ def perplexity(nats):
 def mean_loss(model, batches, device, dtype):
     """Return the mean nats per target over batches of x, y (B, T), of all ranks' batches together.
 
-    The model is in eval mode meanwhile. Targets of -1 do not count. The result does not depend on the
-    size of the batches: the sum is in float64."""
+    The model is in eval mode meanwhile. Targets of -1 do not count. The result does not depend on
+    the size of the batches: the sum is in float64."""
     was_training = model.training
     model.eval()
     nats = 0.0

@@ -18,7 +18,7 @@ from lib.runtime import aside, captured, cpu_has_avx512
 from model import ACTIVATIONS, fused_attention
 
 KEEP_WEIGHTS = 512     # tokens up to which attention keeps its weights for the backward pass
-ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB, which a processor's cache may hold
+ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB may fit the cache
 
 
 def use_on_processor(model):
@@ -32,48 +32,60 @@ def use_on_processor(model):
 
 
 def keep_memory():
-    """Let the C library keep what tensors give back instead of returning it to the system, which hands it out again page by
-    page, cleared: 3.1 instead of 3.8 s for GPT-2 124M's step on two cores, bf16; for smaller nets no difference was found."""
+    """Let the C library keep freed memory instead of returning it to the system.
+
+    The system hands it out again page by page, cleared. GPT-2 124M's step on two cores in bf16
+    takes 3.1 instead of 3.8 s; for smaller nets no difference was found."""
     if platform.libc_ver()[0] == 'glibc':
-        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4   # mallopt(3)
+        libc = ctypes.CDLL(None)
+        trim_threshold = -1   # numbers of mallopt(3)
+        mmap_max = -4
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
 
 
-# ---- dropout -------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 
 def kept(shape, p, dtype, generator=None):
-    """Ones with probability 1 - p (to 16 bits), else zeros, on the processor: 1.4 ms for 1.6 million in bf16, where
-    bernoulli_ takes 11.7. A function of the generator's seed or of torch's, like any draw."""
+    """Return ones with probability 1 - p, to 16 bits, and zeros, on the processor.
+
+    1.6 million in bf16 take 1.4 ms, and bernoulli_ takes 11.7. The result is a function of the
+    generator's seed or of torch's, like any draw."""
     count = math.prod(shape)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)[:count]
-    return torch.ge(bits.view(shape), min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty(shape, dtype=dtype))
+    words = torch.empty(-(-count // 4), dtype=torch.int64)   # four numbers of 16 bits each
+    bits = words.random_(-2**63, None, generator=generator).view(torch.int16)[:count]
+    threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
+    return torch.ge(bits.view(shape), threshold, out=torch.empty(shape, dtype=dtype))
 
 
 class Dropout(nn.Dropout):
+    """nn.Dropout with masks by `kept`."""
+
     def forward(self, x):
         if not self.training or not self.p or torch.compiler.is_compiling():
             return super().forward(x)
         return x * kept(x.shape, self.p, x.dtype).div_(1 - self.p)
 
 
-# ---- activation ----------------------------------------------------------------------------------------------------
+# ---- activation ----------------------------------------------------------------------------------
 
 def gelu(x):
     """Return GPT-2's GELU of x, any shape: in fp32 by a sigmoid, else as torch computes it.
 
-    Forward and backward of (2048, 512) in fp32 take 1.8 instead of 3.2 ms with AVX2, and 1.8 instead of 2.3 with AVX512. In
-    bf16 each of the steps below would round, so torch's kernel, which rounds once, stays."""
+    Forward and backward of (2048, 512) in fp32 take 1.8 instead of 3.2 ms with AVX2, and 1.8
+    instead of 2.3 with AVX512. In bf16 every step of SigmoidGELU would round; torch's kernel
+    rounds once."""
     if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return ACTIVATIONS['gelu'](x)
     return SigmoidGELU.apply(x)
 
 
 class SigmoidGELU(torch.autograd.Function):
-    """x/2 (1 + tanh u) = x sigmoid(2u), where 2u = x (LINEAR + CUBIC x^2): the tanh form of GELU (arXiv 1606.08415).
+    """GELU's tanh form: x/2 (1 + tanh u) = x sigmoid(2u), where 2u = x (LINEAR + CUBIC x^2).
 
-    A sigmoid takes a quarter of a tanh's time. Every line is one pass over the numbers; addcmul would save one pass and take
-    fifteen times as long, as its kernel does not vectorize a constant."""
+    A sigmoid takes a quarter of a tanh's time. Every line is one pass over the numbers. addcmul
+    would save one pass and take fifteen times as long, as its kernel does not vectorize a
+    constant. arXiv 1606.08415."""
     LINEAR = 2 * math.sqrt(2 / math.pi)
     CUBIC = 0.044715 * LINEAR
 
@@ -82,7 +94,7 @@ class SigmoidGELU(torch.autograd.Function):
         s = x * x
         s.mul_(SigmoidGELU.CUBIC)
         s.add_(SigmoidGELU.LINEAR)
-        s.mul_(x)                                                                                 # 2u
+        s.mul_(x)                                                         # 2u
         s.sigmoid_()
         ctx.save_for_backward(x, s)
         return x * s
@@ -93,31 +105,36 @@ class SigmoidGELU(torch.autograd.Function):
         x, s = ctx.saved_tensors
         dx = x * x
         dx.mul_(3 * SigmoidGELU.CUBIC)
-        dx.add_(SigmoidGELU.LINEAR)                                                               # (2u)'
+        dx.add_(SigmoidGELU.LINEAR)                                       # (2u)'
         dx.mul_(x)
-        torch.ops.aten.sigmoid_backward(dx, s, grad_input=dx)                                     # x (2u)' s (1 - s)
+        torch.ops.aten.sigmoid_backward(dx, s, grad_input=dx)             # x (2u)' s (1 - s)
         dx.add_(s)
         return dx.mul_(dy)
 
 
-# ---- attention on a processor --------------------------------------------------------------------------------------
+# ---- attention on a processor --------------------------------------------------------------------
 
 def attend(q, k, v, dropout=0.0):
-    """model.py's attention in training, in blocks where that is faster."""
+    """Return model.py's attention, in training by blocks where that is faster; (B, nh, T, hs)."""
     T, S = q.size(-2), k.size(-2)
-    if T != S or not q.requires_grad or torch.compiler.is_compiling() or not blocks_pay(q.dtype, dropout):
+    in_training = q.requires_grad and T == S and not torch.compiler.is_compiling()
+    if not in_training or not blocks_pay(q.dtype, dropout):
         return fused_attention(q, k, v, dropout)
-    with torch.autocast('cpu', enabled=False):   # which would make fp32 of the weights, and bf16 again for their product
-        y = BlockAttention.apply(*(t.flatten(0, 1) for t in (q, k, v)), dropout, max(64, min(256, T // 4)))
+    block = max(64, min(256, T // 4))
+    q3, k3, v3 = (t.flatten(0, 1) for t in (q, k, v))                     # (B·nh, T, hs)
+    # autocast would turn the weights into fp32, and into bf16 again for their product
+    with torch.autocast('cpu', enabled=False):
+        y = BlockAttention.apply(q3, k3, v3, dropout, block)
     return y.view_as(q)
 
 
 def blocks_pay(dtype, dropout):
-    """Return whether BlockAttention computes attention on this processor, rather than scaled_dot_product_attention.
+    """Return whether BlockAttention is to compute attention on this processor.
 
-    Milliseconds of both, forward and backward, on two cores of Zen 4 with torch 2.13. The columns AVX2 are the same processor
-    told to use AVX2 only. Where the two are within a tenth, the choice is the one that is faster for small nets. With dropout
-    scaled_dot_product_attention has no fused kernel on a processor.
+    The alternative is scaled_dot_product_attention, which has no fused kernel for dropout on a
+    processor. Milliseconds of BlockAttention and of it, forward and backward, on two cores of Zen
+    4 with torch 2.13. The columns AVX2 are the same processor told to use AVX2 only. Where the
+    two are within a tenth, the choice is the one that is faster for small nets.
 
         (B, nh, T, hs)       bf16         fp32, AVX512   fp32, AVX2   fp32, AVX2, dropout
         (32, 4, 64, 32)      2.2, 10.9    3.3, 17.5      3.2, 2.9     6.1, 11.0
@@ -129,25 +146,36 @@ def blocks_pay(dtype, dropout):
 
 
 class BlockAttention(torch.autograd.Function):
-    """The formula `block` queries at a time, so that most of the future is never computed; (B·nh, T, hs) -> (B·nh, T, hs).
-    t are a block's queries, s the keys up to its end. The backward pass reads weights and mask, or above KEEP_WEIGHTS tokens
-    makes them again: GPT-2's step at 1,024 tokens takes 0.3 GB less and 4 % longer.
+    """Attention `block` queries at a time, which skips most of the masked future.
 
-    Forward and backward in bf16 on two cores: 18 instead of scaled_dot_product_attention's 48 ms for (16, 6, 256, 64), 43
-    instead of 59 for (1, 12, 1024, 64), 1.6 instead of 10 for (32, 4, 64, 32). With dropout 25 ms for the first, and 0.4 s
-    instead of 2.7 for (1, 6, 4096, 64), where scaled_dot_product_attention holds all weights in fp32."""
+    q, k, v (B·nh, T, hs) -> (B·nh, T, hs). Below, t are a block's queries and s the keys up to its
+    end. The backward pass reads weights and mask, or above KEEP_WEIGHTS tokens computes them again:
+    GPT-2's step at 1,024 tokens then takes 0.3 GB less and 4 % longer.
+
+    Forward and backward in bf16 on two cores, beside scaled_dot_product_attention: 18 and 48 ms
+    for (16, 6, 256, 64), 43 and 59 for (1, 12, 1024, 64), 1.6 and 10 for (32, 4, 64, 32). With
+    dropout 25 ms for the first shape. For (1, 6, 4096, 64) with dropout 0.4 and 2.7 s: the other
+    holds all weights in fp32."""
 
     @staticmethod
     def forward(ctx, q, k, v, dropout, block):
-        T, y, saved = q.size(1), torch.empty_like(v), []
-        ctx.dropout, ctx.block, ctx.seed = dropout, block, int(torch.randint(2**62, ())) if dropout else 0
+        T = q.size(1)
+        ctx.dropout = dropout
+        ctx.block = block
+        ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
         generator = torch.Generator().manual_seed(ctx.seed)
         q = q / math.sqrt(q.size(2))
+        y = torch.empty_like(v)
+        saved = []   # weights and mask of each block
         for start in range(0, T, block):
             end = min(start + block, T)
-            weights = block_weights(q, k, start, end)                                             # (B·nh, t, s)
-            keep = kept(weights.shape, dropout, weights.dtype, generator) if dropout else None
-            torch.bmm(weights * keep if dropout else weights, v[:, :end], out=y[:, start:end])
+            weights = block_weights(q, k, start, end)                     # (B·nh, t, s)
+            keep = None
+            dropped = weights
+            if dropout:
+                keep = kept(weights.shape, dropout, weights.dtype, generator)
+                dropped = weights * keep
+            torch.bmm(dropped, v[:, :end], out=y[:, start:end])
             saved += [weights, keep] if T <= KEEP_WEIGHTS else [None, None]
         ctx.save_for_backward(q, k, v, *saved)
         return y.div_(1 - dropout) if dropout else y
@@ -156,18 +184,25 @@ class BlockAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, *saved = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dy, generator = dy / (1 - ctx.dropout), torch.Generator().manual_seed(ctx.seed)
-        for i, start in enumerate(range(0, q.size(1), ctx.block)):
-            end, (weights, keep) = min(start + ctx.block, q.size(1)), saved[2 * i:2 * i + 2]
+        T = q.size(1)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        dy = dy / (1 - ctx.dropout)
+        generator = torch.Generator().manual_seed(ctx.seed)
+        for i, start in enumerate(range(0, T, ctx.block)):
+            end = min(start + ctx.block, T)
+            weights, keep = saved[2 * i:2 * i + 2]
             if weights is None:
-                weights = block_weights(q, k, start, end)
-                keep = kept(weights.shape, ctx.dropout, weights.dtype, generator) if ctx.dropout else None
-            dweights = dy[:, start:end] @ v[:, :end].transpose(1, 2)                              # (B·nh, t, s)
+                weights = block_weights(q, k, start, end)                 # (B·nh, t, s)
+                if ctx.dropout:
+                    keep = kept(weights.shape, ctx.dropout, weights.dtype, generator)
+            dweights = dy[:, start:end] @ v[:, :end].transpose(1, 2)      # (B·nh, t, s)
             dropped = weights
             if ctx.dropout:
-                dropped, dweights = weights * keep, dweights.mul_(keep)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)          # (B·nh, t, s)
+                dropped = weights * keep
+                dweights.mul_(keep)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
             dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
             dv[:, :end] += dropped.transpose(1, 2) @ dy[:, start:end]
@@ -175,13 +210,16 @@ class BlockAttention(torch.autograd.Function):
 
 
 def block_weights(q, k, start, end):
-    """Weights of queries start to end, divided by √hs already, over the keys up to end: (B·nh, t, s)."""
+    """Return the weights of queries start to end over the keys up to end: (B·nh, t, s).
+
+    q is divided by √hs already."""
     scores = q[:, start:end] @ k[:, :end].transpose(1, 2)
-    scores[:, :, start:] += scores.new_full((end - start, end - start), float('-inf')).triu(1)
+    t = end - start
+    scores[:, :, start:] += scores.new_full((t, t), float('-inf')).triu(1)
     return scores.softmax(dim=-1)
 
 
-# ---- head and loss -------------------------------------------------------------------------------------------------
+# ---- head and loss -------------------------------------------------------------------------------
 
 class TrainingLoss(nn.Module):
     """The loss of a GPT on targets: (idx, targets) -> mean nats, a tensor.
@@ -203,32 +241,40 @@ class TrainingLoss(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy (ignoring targets of -1) of logits (N, V) that nobody else reads: their gradient is written over them,
-    some rows at a time in fp32, where autograd holds three copies of all in fp32. GPT-2 at 1,024 tokens: 0.3 GB less."""
+    """F.cross_entropy of logits (N, V) that nobody else reads; targets (N,), where -1 is ignored.
+
+    The gradient is written over the logits, some rows at a time in fp32. Autograd holds three
+    copies of all rows in fp32. GPT-2 at 1,024 tokens: 0.3 GB less."""
 
     @staticmethod
     def forward(ctx, logits, targets, smoothing):
-        V, loss = logits.size(1), 0.0
+        V = logits.size(1)
+        n = max(1, ROW_ELEMENTS // V)   # rows at a time
         valid = targets >= 0
-        for rows, target, mask in zip(*(t.split(max(1, ROW_ELEMENTS // V)) for t in (logits, targets, valid))):
-            z, target = rows.float(), target.clamp(min=0)[:, None]                                # (n, V), (n, 1)
-            log_sum = z.logsumexp(dim=1, keepdim=True)                                            # (n, 1)
-            nats = log_sum - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(dim=1, keepdim=True)
+        loss = 0.0
+        for rows, target, mask in zip(logits.split(n), targets.split(n), valid.split(n)):
+            z = rows.float()                                              # (n, V)
+            target = target.clamp(min=0)[:, None]                         # (n, 1)
+            log_sum = z.logsumexp(dim=1, keepdim=True)                    # (n, 1)
+            nats = log_sum - (1 - smoothing) * z.gather(1, target)        # (n, 1)
+            nats = nats - smoothing * z.mean(dim=1, keepdim=True)
             loss = loss + (nats[:, 0] * mask).sum()
-            gradient = (z - log_sum).exp_().sub_(smoothing / V)
+            gradient = (z - log_sum).exp_().sub_(smoothing / V)           # (n, V)
             gradient.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1))
             rows.copy_(gradient.mul_(mask[:, None]))
-        ctx.gradient, ctx.count = logits, valid.sum()
+        ctx.gradient = logits
+        ctx.count = valid.sum()
         return loss / ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        gradient, ctx.gradient = ctx.gradient, None   # it would live as long as the loss
+        gradient = ctx.gradient
+        ctx.gradient = None   # frees it: the context lives as long as the loss
         return gradient.mul_((dloss / ctx.count.clamp(min=1)).to(gradient.dtype)), None, None
 
 
-# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
+# ---- CUDA graphs ---------------------------------------------------------------------------------
 
 class Graphed:
     """A training step that is recorded as one CUDA graph in its fourth call, and then replayed.

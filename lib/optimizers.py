@@ -1,5 +1,6 @@
 """
-AdamW and Muon, the schedule of their rates, and the training step that train.py runs and bench.py measures.
+AdamW and Muon, the schedule of their rates, and the training step that train.py runs and bench.py
+measures.
 
 Letters as in model.py.
 """
@@ -74,15 +75,15 @@ class Schedule:
 class Part:
     """A matrix as Muon takes it: rows of a parameter, with which it shares its storage."""
     source: nn.Parameter    # the model's parameter
-    rows: slice             # its rows that are the matrix
+    rows: slice             # rows of the parameter
     matrix: nn.Parameter    # what Muon updates
 
 
 class Optimizers:
     """AdamW for all parameters of a model, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Muon takes the query, key and value matrices of c_attn apart. Embeddings and head stay with AdamW
-    (kellerjordan.github.io/posts/muon)."""
+    Muon takes the query, key and value matrices of c_attn apart. Embeddings and head stay with
+    AdamW (kellerjordan.github.io/posts/muon)."""
 
     def __init__(self, model, kind, peaks, weight_decay, betas):
         """kind: 'adamw' or 'muon'. peaks: (AdamW's peak rate, Muon's peak rate)."""
@@ -102,7 +103,9 @@ class Optimizers:
                 group['peak'] = peak
 
     def set_rates(self, share):
-        """Give every parameter group a share of its peak rate, in place where a CUDA graph reads it."""
+        """Give every parameter group a share of its peak rate.
+
+        A rate that is a tensor changes in place, as a CUDA graph reads it."""
         for opt in self.all:
             for group in opt.param_groups:
                 if isinstance(group['lr'], torch.Tensor):
@@ -111,7 +114,9 @@ class Optimizers:
                     group['lr'] = group['peak'] * share
 
     def link_gradients(self):
-        """Give Muon's matrices their gradients: views, so that unscaling and clipping reach both."""
+        """Give Muon's matrices their gradients.
+
+        The gradients are views, so that unscaling and clipping reach both."""
         for part in self.parts:
             part.matrix.grad = part.source.grad[part.rows]
 
