@@ -22,6 +22,8 @@ import re
 import statistics
 import tempfile
 
+import lib.threads  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 from scipy import stats

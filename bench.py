@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 
+import lib.threads  # noqa: F401  # before torch
+
 import torch
 
 from lib import decoding, peers, plots, runtime

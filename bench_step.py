@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+import lib.threads  # noqa: F401  # before torch
+
 import torch
 
 from lib import fast, peers, runtime

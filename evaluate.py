@@ -15,6 +15,8 @@ import os
 import signal
 import time
 
+import lib.threads  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 

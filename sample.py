@@ -11,6 +11,8 @@ Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdo
 import codecs
 import signal
 
+import lib.threads  # noqa: F401  # before torch
+
 import torch
 
 from lib import decoding, runtime

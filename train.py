@@ -15,6 +15,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 
+import lib.threads  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
