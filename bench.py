@@ -36,21 +36,21 @@ from lib.configurator import check, configure
 from lib.console import fail, say, write
 from model import GPT, GPTConfig, chances
 
-what = 'sample'          # the benchmark, 'sample' or 'train'; may be typed first, without --what=
+what = 'sample'          # 'sample' or 'train'; may be typed as a bare word, without --what=
 net = 'auto'             # '124M', '10.65M' or '0.8M'; train takes several, with commas between
-batch = ''               # texts at a time, or sequences in a training step; one or several numbers
-context = ''             # tokens before the first timed one, or of a sequence; one or several
+batch = ''               # texts at a time or sequences in a step, as 8 or 1,8,64; '': usual ones
+context = ''             # tokens of a prompt or of a sequence, as 16 or 16,200; '': usual ones
 tokens = 40              # sample: tokens to time in a run, each on its own
-dropout = 'auto'         # train: a share, or 'auto' for nanoGPT's 0.2 with the 10.65M net, else 0
-peer_dropout = 'auto'    # train: the peers' share, where it is not ours
+dropout = 'auto'         # train: a share; 'auto': nanoGPT's 0.2 for the 10.65M net, 0 for others
+peer_dropout = 'auto'    # train: the peers' share of dropout; 'auto': the same as ours
 optimizer = 'adamw'      # train: our optimizer, 'adamw' as nanoGPT's, or 'muon'
 profile = False          # train: show where the time of our step goes
 growth = False           # train: our step alone, as the context, the batch and the depth grow
 plot = ''                # train --growth: draw it into this .png too
 quick = False            # train: two nets and one short run, to see whether it works
 runs = 3                 # runs of each measurement; the median counts, JSON has their range too
-peer = ''                # 'transformers', 'nanogpt:PATH', or both with a comma between
-json = ''                # a file for rows, machine and versions; - for stdout instead of the table
+peer = ''                # 'transformers', 'nanogpt:PATH' or both; sample: for one text at a time
+json = ''                # file for rows, machine and versions; - for stdout instead of the table
 seed = 1337              # seed of weights, prompts and draws
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'           # one or several of float32,bfloat16,float16,int8; 'auto': what pays here
@@ -129,7 +129,7 @@ def typed_peers():
 
 
 def with_precisions(typed, precisions):
-    """Return contenders with transformers in each precision. nanoGPT has its own way."""
+    """Return contenders with transformers in each precision. nanoGPT chooses its own."""
     contenders = []
     for contender in typed:
         if contender.who == 'transformers':
@@ -187,7 +187,9 @@ def plan_sampling():
     _, compiled = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
     usual = ['float32', 'bfloat16', 'int8']
     precisions = typed or without_emulated(usual)
-    left_out = [] if typed else [each for each in usual if each not in precisions]
+    left_out = []
+    if not typed:
+        left_out = [precision for precision in usual if precision not in precisions]
     contenders = [Contender('ours', precision) for precision in precisions]
     theirs = [precision for precision in precisions if precision != 'int8']
     contenders += with_precisions(others, theirs or ['float32'])
@@ -438,17 +440,22 @@ def plan_training():
             shapes += growing_shapes(name)
         else:
             shapes += typed_shapes(name, batches, contexts)
+    contenders, left_out = training_contenders(typed, others)
+    return TrainingPlan(shapes, contenders, left_out)
 
+
+def training_contenders(typed, others):
+    """Return (contenders, precisions left out): ours and the peers in the typed precisions.
+
+    Without --dtype, ours is measured in the best precision, transformers in each that pays."""
     contenders = [Contender('ours', precision) for precision in typed or ['auto']]
+    theirs = [precision for precision in typed if precision != 'float16']
     left_out = []
-    theirs = typed
     if not typed and any(contender.who == 'transformers' for contender in others):
         usual = ['float32', 'bfloat16']
         theirs = without_emulated(usual)
         left_out = [precision for precision in usual if precision not in theirs]
-    theirs = [precision for precision in theirs if precision != 'float16']
-    contenders += with_precisions(others, theirs)
-    return TrainingPlan(shapes, contenders, left_out)
+    return contenders + with_precisions(others, theirs), left_out
 
 
 def chosen_nets():
@@ -559,41 +566,41 @@ def start(contender, shape):
     return StepProcess(contender, process, errors)
 
 
-def ask(each, order):
+def ask(child, order):
     """Send a process a number of steps, or 'profile'; return its answer."""
-    with contextlib.suppress(BrokenPipeError):   # it has ended: hear says how
-        each.process.stdin.write(f'{order}\n')
-        each.process.stdin.flush()
-    return hear(each)
+    with contextlib.suppress(BrokenPipeError):   # the process has ended: hear says how
+        child.process.stdin.write(f'{order}\n')
+        child.process.stdin.flush()
+    return hear(child)
 
 
-def hear(each):
+def hear(child):
     """Return a process's next answer; fail where the process has ended, with its own error."""
-    line = each.process.stdout.readline()
+    line = child.process.stdout.readline()
     if line:
         return loads(line)
-    each.errors.seek(0)
-    lines = each.errors.read().decode('utf-8', 'replace').strip().splitlines()
+    child.errors.seek(0)
+    lines = child.errors.read().decode('utf-8', 'replace').strip().splitlines()
     for line in lines:
         if line.startswith('error: '):
             fail(line.removeprefix('error: '))
     last = lines[-1][:300] if lines else 'it ended without a word'
-    fail(f'a measured process ended with exit code {each.process.wait()}: {last}; '
+    fail(f'a measured process ended with exit code {child.process.wait()}: {last}; '
          f'where memory is short, type a smaller --batch, --context or --net')
 
 
 def end(processes):
     """End processes: one whose stdin is closed has nothing more to do."""
-    for each in processes:
+    for child in processes:
         with contextlib.suppress(BrokenPipeError):
-            each.process.stdin.close()
-    for each in processes:
+            child.process.stdin.close()
+    for child in processes:
         try:
-            each.process.wait(60)
+            child.process.wait(60)
         except subprocess.TimeoutExpired:
-            each.process.kill()
-        each.process.stdout.close()
-        each.errors.close()
+            child.process.kill()
+        child.process.stdout.close()
+        child.errors.close()
 
 
 def bench_training(plan):
@@ -618,15 +625,15 @@ def measure_training(contenders, shape):
             processes.append(start(contender, shape))
             processes[-1].facts = hear(processes[-1])
         for _ in range(1 if quick else runs):
-            for each in processes:
-                steps = max(1, round(RUN_SECONDS / each.facts['step_s']))
-                each.runs.append(ask(each, steps))
-        for each in processes:
-            if profile and each.contender.who == 'ours':
-                each.profile = ask(each, 'profile')
+            for child in processes:
+                steps = max(1, round(RUN_SECONDS / child.facts['step_s']))
+                child.runs.append(ask(child, steps))
+        for child in processes:
+            if profile and child.contender.who == 'ours':
+                child.profile = ask(child, 'profile')
     finally:
         end(processes)
-    rows = [training_row(each, shape) for each in processes]
+    rows = [training_row(child, shape) for child in processes]
     theirs = [row for row in rows if row['who'] == 'nanogpt']
     if theirs:
         for row in rows:
@@ -636,31 +643,31 @@ def measure_training(contenders, shape):
 
 # ---- training: from times to a row ---------------------------------------------------------------
 
-def training_row(each, shape):
+def training_row(child, shape):
     """Return the figures of one measurement."""
-    steps = sorted(run['seconds'] / run['steps'] for run in each.runs)   # seconds, one a run
+    steps = sorted(run['seconds'] / run['steps'] for run in child.runs)   # seconds, one a run
     step = statistics.median(steps)
     count = shape.batch_size * shape.block_size   # tokens in a step
-    row = dict(what='train', who=each.contender.who, precision=each.facts['precision'],
+    row = dict(what='train', who=child.contender.who, precision=child.facts['precision'],
                batch=shape.batch_size, context=shape.block_size,
-               dropout=shape.dropout_of(each.contender), n_layer=shape.n_layer,
+               dropout=shape.dropout_of(child.contender), n_layer=shape.n_layer,
                tok_per_s=count / step, tok_per_s_min=count / steps[-1],
                tok_per_s_max=count / steps[0], step_ms=1e3 * step,
-               compiled=each.facts['compiled'], first_step_s=each.facts['first_s'],
-               peak_memory_mb=each.runs[-1]['memory'], net=shape.net)
+               compiled=child.facts['compiled'], first_step_s=child.facts['first_s'],
+               peak_memory_mb=child.runs[-1]['memory'], net=shape.net)
     if shape.growth:
         row['growth'] = shape.growth
-    if each.contender.who == 'ours':
-        row.update(shares_of_the_machine(each, row['tok_per_s']))
-        row.update(shares_of_the_step(each, step))
+    if child.contender.who == 'ours':
+        row.update(shares_of_the_machine(child, row['tok_per_s']))
+        row.update(shares_of_the_step(child, step))
     return row
 
 
-def shares_of_the_machine(each, tokens_a_second):
+def shares_of_the_machine(child, tokens_a_second):
     """Return the FLOP/s of our step beside the machine's. GPUs with a known peak have an MFU."""
-    rate = tokens_a_second * each.facts['flops_per_token']
-    gemm = statistics.median(run['gemm'] for run in each.runs)
-    figures = dict(optimizer=optimizer, parameters=each.facts['parameters'],
+    rate = tokens_a_second * child.facts['flops_per_token']
+    gemm = statistics.median(run['gemm'] for run in child.runs)
+    figures = dict(optimizer=optimizer, parameters=child.facts['parameters'],
                    gflop_per_s=rate / 1e9, gemm_gflop_per_s=gemm / 1e9,
                    share_of_gemm=rate / gemm)
     peak = runtime.peak_flops(device)
@@ -669,18 +676,18 @@ def shares_of_the_machine(each, tokens_a_second):
     return figures
 
 
-def shares_of_the_step(each, step):
+def shares_of_the_step(child, step):
     """Return where the time of our step goes. step: seconds of a whole one.
 
     The time of compiling is the difference between the first step and the second."""
-    loader = statistics.median(run['parts']['loader'] / run['seconds'] for run in each.runs)
+    loader = statistics.median(run['parts']['loader'] / run['seconds'] for run in child.runs)
     figures = dict(loader_ms=1e3 * loader * step, loader_share=loader, compile_s=0.0)
-    if each.facts['compiled']:
-        figures['compile_s'] = max(0.0, each.facts['first_s'] - each.facts['step_s'])
-    if each.profile:
-        parts = each.profile['parts'].items()
-        figures['parts'] = {part: taken / each.profile['seconds'] for part, taken in parts}
-        figures['kinds'] = each.profile['kinds']
+    if child.facts['compiled']:
+        figures['compile_s'] = max(0.0, child.facts['first_s'] - child.facts['step_s'])
+    if child.profile:
+        parts = child.profile['parts'].items()
+        figures['parts'] = {part: taken / child.profile['seconds'] for part, taken in parts}
+        figures['kinds'] = child.profile['kinds']
     return figures
 
 
