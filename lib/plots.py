@@ -14,12 +14,16 @@ from lib.console import say
 
 @contextlib.contextmanager
 def picture(path, rows=1, columns=1, **settings):
-    """A figure and its panels (rows, columns) to draw on, then written to path as a PNG. Raises ImportError and OSError."""
+    """Yield a new figure and its panels (rows, columns), and write the figure to path as a PNG.
+
+    settings: further arguments of plt.subplots. Raises ImportError without matplotlib, and OSError
+    for a path that cannot be written."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    with plt.rc_context({'text.parse_math': False}), warnings.catch_warnings():   # texts and names may hold dollars
-        warnings.filterwarnings('ignore', 'Glyph .* missing from font')   # of a text's scripts: a box is drawn
+    with plt.rc_context({'text.parse_math': False}), warnings.catch_warnings():   # names may hold $
+        # a character that the font lacks is drawn as a box
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')
         figure, panels = plt.subplots(rows, columns, squeeze=False, **settings)
         try:
             yield figure, panels
@@ -28,49 +32,83 @@ def picture(path, rows=1, columns=1, **settings):
             plt.close(figure)
 
 
+# ---- a run's log ---------------------------------------------------------------------------------
+
 def losses(log_path, path, title):
-    """Draw both losses of a log.csv (nats per token) against tokens; says so where that cannot be, as training goes on."""
+    """Draw both losses of a log.csv (nats per token) against the tokens trained on.
+
+    A picture is not worth a run: what goes wrong is said, and nothing is drawn."""
     try:
-        with picture(path, figsize=(7, 4.5)) as (_, ((axes,),)):
-            for key, style in (('train_loss', dict(lw=0.8, alpha=0.6)), ('val_loss', dict(lw=1.6, marker='o', ms=3))):
-                points = [(float(int(row['tokens'])), float(row[key])) for row in read_log(log_path) if row[key]]
-                if points:
-                    axes.plot(*zip(*points), label=f'{key.removesuffix("_loss")}, last {points[-1][1]:.4f}', **style)
+        with picture(path, figsize=(7, 4.5)) as (_, panels):
+            axes = panels[0, 0]
+            draw_loss(axes, log_path, 'train_loss', lw=0.8, alpha=0.6)
+            draw_loss(axes, log_path, 'val_loss', lw=1.6, marker='o', ms=3)
             axes.set(xlabel='tokens trained on', ylabel='loss (nats per token)', title=title)
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()
     except ImportError:
         pass
-    except (KeyError, ValueError, OverflowError) as error:   # somebody edited it: a picture is not worth a run
+    except (KeyError, ValueError, OverflowError) as error:   # somebody has edited the log
         say(f'no {path} from this {log_path} ({error})')
     except OSError as error:
         say(f'{path} could not be written ({error.strerror})')
 
 
+def draw_loss(axes, log_path, column, **style):
+    """Draw one of a log's losses, where the log has any."""
+    tokens = []
+    values = []
+    for row in read_log(log_path):
+        if row[column]:
+            tokens.append(float(int(row['tokens'])))
+            values.append(float(row[column]))
+    if values:
+        label = f'{column.removesuffix("_loss")}, last {values[-1]:.4f}'
+        axes.plot(tokens, values, label=label, **style)
+
+
+# ---- bench.py train --growth ---------------------------------------------------------------------
+
 def growth(rows, path):
-    """Draw milliseconds a step and peak memory of bench.py train --growth, one panel a quantity that grows; says so where that
-    cannot be, as the table is worth more."""
-    kinds = list(dict.fromkeys(row['growth'] for row in rows))
+    """Draw milliseconds a step and peak memory, a column of panels for each quantity that grows.
+
+    rows: bench.py's, whose `growth` names that quantity. Where the picture cannot be drawn, the
+    reason is said."""
+    points_of = {}   # quantity: its rows
+    for row in rows:
+        points_of.setdefault(row['growth'], []).append(row)
+    columns = len(points_of)
     try:
-        with picture(path, 2, len(kinds), figsize=(4 * len(kinds), 6), sharex='col') as (figure, panels):
-            for kind, (above, below) in zip(kinds, panels.T):
-                points = [row for row in rows if row['growth'] == kind]
-                x = [row[kind] for row in points]
-                # contexts are measured at the same number of tokens a step, so that only the attention grows
-                for axes, key, label in ((above, 'step_ms', 'ms a step'), (below, 'peak_memory_mb', 'peak memory, MB')):
-                    axes.plot(x, [row[key] for row in points], marker='o', ms=3)
-                    axes.set(ylabel=label, ylim=(0, None))
-                    axes.grid(alpha=0.3)
-                below.set(xlabel=kind)
-                first = points[0]
-                above.set_title(f'{first["n_layer"]} layers, context {first["context"]}' if kind == 'batch' else
-                                f'{first["batch"]} x {first["context"]} tokens' + ' a step' * (kind == 'context'), fontsize=9)
+        with picture(path, 2, columns, figsize=(4 * columns, 6), sharex='col') as (figure, panels):
+            for (quantity, points), (above, below) in zip(points_of.items(), panels.T):
+                draw_growth(above, points, quantity, 'step_ms', 'ms a step')
+                draw_growth(below, points, quantity, 'peak_memory_mb', 'peak memory, MB')
+                below.set(xlabel=quantity)
+                above.set_title(what_stays(points[0], quantity), fontsize=9)
             figure.tight_layout()
     except ImportError:
         say(f'no {path}: matplotlib is missing; type pip install -r requirements.txt')
     except OSError as error:
         say(f'{path} could not be written ({error.strerror})')
+
+
+def draw_growth(axes, points, quantity, figure_of, label):
+    """Draw one figure of the rows, from zero, against the quantity that grows."""
+    x = [row[quantity] for row in points]
+    axes.plot(x, [row[figure_of] for row in points], marker='o', ms=3)
+    axes.set(ylabel=label, ylim=(0, None))
+    axes.grid(alpha=0.3)
+
+
+def what_stays(row, quantity):
+    """Return in words what is the same in all measurements of a quantity's growth."""
+    if quantity == 'batch':
+        return f'{row["n_layer"]} layers, context {row["context"]}'
+    batch = f'{row["batch"]} x {row["context"]} tokens'
+    if quantity == 'context':   # the batch shrinks: the number of tokens in a step is the same
+        return f'{batch} a step'
+    return batch
 
 
 # ---- what analyze.py finds -------------------------------------------------------------------------------------------
