@@ -63,7 +63,8 @@ if there and split not in there:
 data = open_first(dataset, opened.data_dirs, split, tokenizer)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
+symbols = checkpoints.Symbols(tokenizer.state(), tokenizer.vocab_size)
+checkpoints.check_symbols(data, opened.source, symbols)
 dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype, compile)
 model.to(device).eval()
 say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, '
