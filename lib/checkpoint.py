@@ -231,8 +231,8 @@ def read(path):
     except PermissionError as error:
         raise Unreadable(f'cannot be read ({error.strerror})') from None
     except Exception as error:   # a damaged file can make its reader raise anything
-        raise Damaged(f'cannot be read: it is damaged, or not a checkpoint of this project or '
-                      f'nanoGPT ({_in_short(error)})') from None
+        raise Damaged(f'cannot be read as a checkpoint: it is damaged, or neither this project '
+                      f'nor nanoGPT wrote it ({_in_short(error)})') from None
     if not isinstance(loaded, dict):
         loaded = {}
     if not all(isinstance(loaded.get(key), dict) for key in ('model', 'model_args')):
