@@ -73,7 +73,8 @@ except ValueError as error:
 why_not = ''   # the reason for having no data
 if dataset:
     data = open_first(dataset, opened.data_dirs, 'val', tokenizer)
-    checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
+    symbols = checkpoints.Symbols(tokenizer.state(), tokenizer.vocab_size)
+    checkpoints.check_symbols(data, opened.source, symbols)
 else:
     dataset = opened.dataset
     data, why_not = with_split(dataset, tokenizer, opened.data_dirs)

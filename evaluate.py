@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lib import decoding, runtime
-from lib.checkpoint import check_symbols, open_model
+from lib.checkpoint import Symbols, check_symbols, open_model
 from lib.configurator import check, configure
 from lib.console import fail, say, write
 from lib.data import evaluation_batches, first_with, open_first
@@ -74,7 +74,7 @@ def open_data(opened):
     if data.stand_in_banner():
         say(data.stand_in_banner())
     tokenizer = opened.tokenizer
-    check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
+    check_symbols(data, opened.source, Symbols(tokenizer.state(), tokenizer.vocab_size))
     return data
 
 

@@ -103,7 +103,7 @@ rank, ranks, device = runtime.join_ranks(backend, device)
 signals = runtime.Signals()   # from here on a signal finishes the step and saves
 
 # ---- checks: everything a user may have mistyped, before anything is written ---------------------
-resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)
+start = checkpoint.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # a resumed run's or a pretrained model's settings
 check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0,
       checkpoint_interval=0, checkpoint_minutes=0, seed=0, gradient_accumulation_steps=1,
@@ -133,7 +133,7 @@ if caught:
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-checkpoint.check_symbols(data, path, its_symbols)
+checkpoint.check_symbols(data, start.path, start.symbols)
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now if there is nothing to evaluate
 
@@ -143,11 +143,11 @@ if not eval_only:
 
 # ---- model and optimizers ------------------------------------------------------------------------
 torch.manual_seed(seed)
-if resumed:
+if start.resumed:
     settings = {key: knobs[key] for key in checkpoint.TRAINING}
-    model = checkpoint.build_model(resumed, path, **settings)
-elif pretrained:
-    model = pretrained
+    model = checkpoint.build_model(start.resumed, start.path, **settings)
+elif start.pretrained:
+    model = start.pretrained
 else:
     V = data.vocab_size
     if V >= 4096:   # with a multiple of 64 the head's products are up to 1.25 times as fast
@@ -213,14 +213,14 @@ class Progress:
 now = Progress(saved_at=time.monotonic(), drawn_at=time.monotonic())
 last_path = os.path.join(out_dir, 'last.pt')
 resume_flag = '--init_from=resume' + checkpoint.flag(out_dir)
-if resumed:
-    now.step = now.logged_step = resumed['iter_num']
-    now.seconds = now.logged_seconds = resumed['seconds']
-    now.skipped = resumed['skipped']
-    now.best_val_loss = checkpoint.best_loss(out_dir, float(resumed['best_val_loss']))
-    optimizers.load(resumed, scaler, path)
-    resumed = None   # frees the memory of a second copy of the tensors
-    say(f'resumed from {path} at iter {now.step}')
+if start.resumed:
+    now.step = now.logged_step = start.resumed['iter_num']
+    now.seconds = now.logged_seconds = start.resumed['seconds']
+    now.skipped = start.resumed['skipped']
+    now.best_val_loss = checkpoint.best_loss(out_dir, float(start.resumed['best_val_loss']))
+    optimizers.load(start.resumed, scaler, start.path)
+    start.resumed = None   # frees the memory of a second copy of the tensors
+    say(f'resumed from {start.path} at iter {now.step}')
 
 
 def out_of_memory_explained():
@@ -429,10 +429,10 @@ def say_what_is_about_to_happen():
         return
     minutes = now.seconds / 60
     if init_from == 'resume' and now.step > max_iters:
-        say(f'note: {path} is at iter {now.step}, past max_iters={max_iters}: '
+        say(f'note: {start.path} is at iter {now.step}, past max_iters={max_iters}: '
             f'there is nothing left to train')
     elif init_from == 'resume' and 0 < max_minutes <= minutes and now.step < max_iters:
-        say(f'note: {path} has had {minutes:.1f} minutes of training, and '
+        say(f'note: {start.path} has had {minutes:.1f} minutes of training, and '
             f'max_minutes={max_minutes:g}: there is nothing left to train; '
             f'type --max_minutes={math.ceil(minutes + 5)} for some more, '
             f'or --max_minutes=0 for no limit')

@@ -2,12 +2,12 @@
 Tokenizers: text to token ids and back, and their files for Hugging Face's transformers.
 
 A tokenizer has
-    vocab_size          the number of its tokens
-    encode(text)        token ids, an int array
-    decode(ids)         bytes
-    state()             plain data, from which load_tokenizer makes it again
+    vocab_size          the number of its tokens, V
+    encode(text)        the text's token ids, an int array
+    decode(ids)         the tokens' bytes
+    state()             plain data, from which load_tokenizer makes the tokenizer again
     opening             the text that generation begins with where there is no prompt
-    end                 the token that ends a text, None where there is none
+    end                 the token that ends a text, or None
 """
 import functools
 import json
@@ -20,37 +20,51 @@ from lib.console import fail
 END_OF_TEXT = '<|endoftext|>'
 
 
+# ---- characters, bytes and GPT-2's BPE -----------------------------------------------------------
+
 class CharTokenizer:
-    """One token a character, numbered in the order of their code points."""
-    end = None   # the token that ends a text
+    """One token per character, numbered in the order of their code points."""
+    end = None
 
     def __init__(self, chars):
         self.chars = ''.join(sorted(set(chars)))
-        self.codes = np.frombuffer(self.chars.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
+        self.codes = code_points(self.chars)
         self.vocab_size = len(self.chars)
         self.opening = '\n' if '\n' in self.chars else self.chars[:1]
 
     def encode(self, text):
-        """Token ids, an int array as long as text; fails on a character that the vocabulary lacks, naming it."""
-        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
+        """Return the token ids, as many as the text has characters.
+
+        Fail for characters that the vocabulary lacks, and name them."""
+        codes = code_points(text)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         missing = codes[self.codes[ids] != codes]
         if len(missing):
-            shown = ', '.join(f'{chr(c)!r}' for c in dict.fromkeys(missing[:1000].tolist()))[:200]
-            fail(f'not in the vocabulary of {self.vocab_size} characters: {shown}; allowed are {self.chars!r}; '
-                 f'leave them out, or train on a text that has them or with --tokenizer=byte')
+            characters = dict.fromkeys(chr(code) for code in missing[:1000])   # each one once
+            shown = ', '.join(map(repr, characters))[:200]
+            fail(f'not in the vocabulary of {self.vocab_size} characters: {shown}; '
+                 f'allowed are {self.chars!r}; leave them out, or train on a text that has them '
+                 f'or with --tokenizer=byte')
         return ids
 
     def decode(self, ids):
-        return ''.join(self.chars[i] for i in ids).encode('utf-8', 'surrogatepass')
+        text = ''.join(self.chars[i] for i in ids)
+        return text.encode('utf-8', 'surrogatepass')
 
     def state(self):
         return dict(kind='char', chars=self.chars)
 
 
+def code_points(text):
+    """Return the code points of a text's characters, an array of uint32."""
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
+
+
 class ByteTokenizer:
-    """One token a byte of UTF-8: any text, 256 symbols."""
-    vocab_size, opening, end = 256, '\n', None
+    """One token per byte of UTF-8: 256 tokens for any text."""
+    vocab_size = 256
+    opening = '\n'
+    end = None
 
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8', 'surrogateescape'), dtype=np.uint8)
@@ -63,19 +77,22 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, through tiktoken."""
-    vocab_size, opening, end = 50257, END_OF_TEXT, 50256
+    """GPT-2's byte-pair encoding, computed by tiktoken."""
+    vocab_size = 50257
+    opening = END_OF_TEXT
+    end = 50256
 
     def __init__(self):
-        import tiktoken  # here, so that characters and bytes need torch and numpy alone
+        import tiktoken  # imported here: characters and bytes need torch and NumPy alone
         try:
             self.bpe = tiktoken.get_encoding('gpt2')
-        except Exception as error:   # whatever its download met
-            fail(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); it needs the network once, or a folder "
-                 f"with its two files; type TIKTOKEN_CACHE_DIR=FOLDER before the command")
+        except Exception as error:   # tiktoken's download can raise anything
+            fail(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); "
+                 f'it needs the network once, or a folder with its two files; '
+                 f'type TIKTOKEN_CACHE_DIR=FOLDER before the command')
 
     def encode(self, text):
-        """Token ids; <|endoftext|> in the text becomes that one token."""
+        """Return the token ids; <|endoftext|> in the text becomes the single token of that name."""
         try:
             return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
         except UnicodeEncodeError:   # half of a surrogate pair has no bytes
@@ -88,53 +105,131 @@ class GPT2Tokenizer:
         return dict(kind='gpt2')
 
 
-@functools.cache
-def token_sizes(tokenizer):
-    """Bytes and characters of each token, (V,) each; none for the end of a text, which is in no text."""
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    texts = [b'' if text == END_OF_TEXT.encode() else text for text in texts]
-    later = bytes(range(0x80, 0xC0))   # a character's bytes after its first
-    return np.array([len(text) for text in texts]), np.array([len(text.translate(None, later)) for text in texts])
-
+# ---- making a tokenizer --------------------------------------------------------------------------
 
 def make_tokenizer(kind, text=''):
-    """A new tokenizer for a text: 'char', 'byte' or 'gpt2'."""
-    makers = dict(char=lambda: CharTokenizer(text), byte=ByteTokenizer, gpt2=GPT2Tokenizer)
-    if kind not in makers:
-        fail(f'tokenizer={kind}: allowed are {", ".join(makers)}; type --tokenizer=char')
-    return makers[kind]()
+    """Return a new tokenizer. kind: 'char', 'byte' or 'gpt2'. text: the source of 'char'."""
+    if kind == 'char':
+        return CharTokenizer(text)
+    if kind == 'byte':
+        return ByteTokenizer()
+    if kind == 'gpt2':
+        return GPT2Tokenizer()
+    fail(f'tokenizer={kind}: allowed are char, byte, gpt2; type --tokenizer=char')
 
 
 def load_tokenizer(state):
-    """The tokenizer that state() described. Raises ValueError for anything else."""
+    """Return the tokenizer that state() described. Raises ValueError for anything else."""
     if not isinstance(state, dict) or state.get('kind') not in ('char', 'byte', 'gpt2'):
-        raise ValueError('it names no tokenizer that is known here')
+        raise ValueError('it does not name a known tokenizer')
     if state['kind'] == 'char' and not (isinstance(state.get('chars'), str) and state['chars']):
         raise ValueError("its character tokenizer has no 'chars'")
     return make_tokenizer(state['kind'], state.get('chars', ''))
 
 
+@functools.cache
+def token_sizes(tokenizer):
+    """Return (bytes, characters) of each token, (V,) each.
+
+    <|endoftext|> has 0 of both, because it stands between texts and not in them."""
+    later_bytes = bytes(range(0x80, 0xC0))   # the bytes of a character after its first one
+    sizes = np.zeros((2, tokenizer.vocab_size), dtype=np.int64)
+    for i in range(tokenizer.vocab_size):
+        text = tokenizer.decode([i])
+        if text != END_OF_TEXT.encode():
+            sizes[0, i] = len(text)
+            sizes[1, i] = len(text.translate(None, later_bytes))
+    return sizes[0], sizes[1]
+
+
 # ---- Hugging Face's tokenizer files --------------------------------------------------------------
 
+def hf_tokenizer_files(tokenizer, block_size):
+    """Return {name: content} of the files from which AutoTokenizer makes the same tokenizer."""
+    kind = tokenizer.state()['kind']
+    parts = dict(added_tokens=[], normalizer=None, pre_tokenizer=None, post_processor=None,
+                 decoder=None, model=None)
+    end = None
+    if kind == 'char':
+        parts.update(_character_parts(tokenizer))
+    elif kind == 'byte':
+        parts.update(_bpe_parts(_byte_vocab(), merges=[], use_regex=False))
+    else:
+        vocab = _gpt2_vocab(tokenizer)
+        parts.update(_bpe_parts(vocab, _merges(vocab), use_regex=True))
+        end = END_OF_TEXT
+        parts['added_tokens'] = [dict(id=tokenizer.end, content=end, single_word=False,
+                                      lstrip=False, rstrip=False, normalized=False, special=True)]
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+                  bos_token=end, eos_token=end, clean_up_tokenization_spaces=False)
+    whole = dict(version='1.0', truncation=None, padding=None, **parts)
+    return {'tokenizer.json': json.dumps(whole, ensure_ascii=False),
+            'tokenizer_config.json': json.dumps(config, ensure_ascii=False)}
+
+
+def _character_parts(tokenizer):
+    """Return the parts of tokenizer.json for one token per character.
+
+    The model is WordLevel, because it raises an error for an unknown character. BPE without merges
+    would drop the character in silence."""
+    vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+    return dict(pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'),
+                                   behavior='Isolated', invert=False),
+                decoder=dict(type='Fuse'),
+                model=dict(type='WordLevel', vocab=vocab, unk_token=''))
+
+
+def _bpe_parts(vocab, merges, use_regex):
+    """Return the parts of tokenizer.json for BPE over bytes.
+
+    use_regex: whether GPT-2's pattern first splits a text into words."""
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True,
+                      use_regex=use_regex)
+    return dict(pre_tokenizer=byte_level, decoder=byte_level,
+                model=dict(type='BPE', vocab=vocab, merges=merges))
+
+
 def _byte_letters():
-    """The letter by which GPT-2's files write each byte: its own where that can be seen, else one from 256 on."""
-    seen, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-    return [chr(byte if byte in seen else next(others)) for byte in range(256)]
+    """Return the 256 letters by which GPT-2's files write bytes.
+
+    A byte with a visible character in Latin-1 is written as that character. The other bytes are
+    written, in their order, as the characters from 256 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = []
+    others = 0
+    for byte in range(256):
+        if byte in visible:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(256 + others))
+            others += 1
+    return letters
 
 
-def _gpt2_vocab(bpe):
-    """{token in those letters: id} of GPT-2's tokens, <|endoftext|> apart."""
+def _byte_vocab():
+    """Return {letter: byte}."""
+    return {letter: byte for byte, letter in enumerate(_byte_letters())}
+
+
+def _gpt2_vocab(tokenizer):
+    """Return {token, written in letters: id} of GPT-2's tokens except <|endoftext|>."""
     letters = _byte_letters()
-    return {''.join(letters[byte] for byte in bpe.decode_single_token_bytes(i)): i for i in range(50256)}
+    vocab = {}
+    for i in range(tokenizer.end):
+        token = tokenizer.bpe.decode_single_token_bytes(i)
+        vocab[''.join(letters[byte] for byte in token)] = i
+    return vocab
 
 
 def _merges(vocab):
-    """[the two parts of each longer token] in the order of their ids: what the earlier tokens make of it."""
+    """Return [[left, right]] of the tokens longer than a letter, in the order of their ids.
+
+    left and right are the two parts that the merges of the earlier tokens leave of a token."""
     merges = []
     for token, i in vocab.items():
         parts = list(token)
         while len(parts) > 2:
-            ids = [vocab.get(a + b, i) for a, b in zip(parts, parts[1:])]
+            ids = [vocab.get(left + right, i) for left, right in zip(parts, parts[1:])]
             at = ids.index(min(ids))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
@@ -142,44 +237,45 @@ def _merges(vocab):
     return merges
 
 
-def hf_tokenizer_files(tokenizer, block_size):
-    """{name: content} of the files from which transformers' AutoTokenizer makes the same tokenizer."""
-    kind, end, added = tokenizer.state()['kind'], None, []
-    if kind == 'char':   # BPE without merges would drop an unknown character in silence, WordLevel raises
-        model = dict(type='WordLevel', vocab={char: i for i, char in enumerate(tokenizer.chars)}, unk_token='')
-        split = dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False)
-        decoder = dict(type='Fuse')
-    else:
-        vocab = _gpt2_vocab(tokenizer.bpe) if kind == 'gpt2' else {letter: i for i, letter in enumerate(_byte_letters())}
-        model = dict(type='BPE', vocab=vocab, merges=_merges(vocab) if kind == 'gpt2' else [])
-        split = decoder = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=kind == 'gpt2')
-        if kind == 'gpt2':
-            end = END_OF_TEXT
-            added = [dict(id=50256, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)]
-    files = {'tokenizer.json': dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None,
-                                    pre_tokenizer=split, post_processor=None, decoder=decoder, model=model),
-             'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
-                                           bos_token=end, eos_token=end, clean_up_tokenization_spaces=False)}
-    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
-
-
 def read_hf_tokenizer(folder):
-    """The tokenizer of a folder's tokenizer.json or vocab.json, None where there is neither; ValueError for one not ours."""
+    """Return the tokenizer of a folder's tokenizer.json or vocab.json, None where both are missing.
+
+    Raises ValueError for a vocabulary that is not GPT-2's and not one of characters or bytes."""
     for name in ('tokenizer.json', 'vocab.json'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             try:
-                with open(path, encoding='utf-8') as f:
-                    vocab = json.load(f)
-                vocab = dict(vocab['model']['vocab'] if name == 'tokenizer.json' else vocab)
-                if vocab == {letter: i for i, letter in enumerate(_byte_letters())}:
-                    return ByteTokenizer()
-                if vocab and vocab == {char: i for i, char in enumerate(sorted(vocab))} and max(map(len, vocab)) == 1:
-                    return CharTokenizer(vocab)
-                vocab.pop(END_OF_TEXT, None)
-                if len(vocab) == 50256 and vocab == _gpt2_vocab((tokenizer := GPT2Tokenizer()).bpe):
-                    return tokenizer
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f'{path} cannot be used ({type(error).__name__}: {str(error)[:200]})') from error
-            raise ValueError(f"{path} is neither GPT-2's vocabulary nor one of characters or bytes")
+                tokenizer = _known_tokenizer(_read_vocab(path))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError,
+                    RecursionError) as error:   # a file can hold anything
+                reason = f'{type(error).__name__}: {str(error)[:200]}'
+                raise ValueError(f'{path} cannot be used ({reason})') from error
+            if tokenizer is None:
+                raise ValueError(f"{path} is neither GPT-2's vocabulary nor one of characters or "
+                                 f"bytes")
+            return tokenizer
+    return None
+
+
+def _read_vocab(path):
+    """Return {token: id} of a tokenizer.json or a vocab.json."""
+    with open(path, encoding='utf-8') as f:
+        content = json.load(f)
+    if os.path.basename(path) == 'tokenizer.json':
+        content = content['model']['vocab']
+    return dict(content)
+
+
+def _known_tokenizer(vocab):
+    """Return the tokenizer that numbers its tokens as vocab does, or None."""
+    if vocab == _byte_vocab():
+        return ByteTokenizer()
+    in_order = {token: i for i, token in enumerate(sorted(vocab))}
+    if vocab and vocab == in_order and max(map(len, vocab)) == 1:
+        return CharTokenizer(vocab)
+    words = {token: i for token, i in vocab.items() if token != END_OF_TEXT}
+    if len(words) == GPT2Tokenizer.end:
+        tokenizer = GPT2Tokenizer()
+        if words == _gpt2_vocab(tokenizer):
+            return tokenizer
     return None
