@@ -111,123 +111,201 @@ def what_stays(row, quantity):
     return batch
 
 
-# ---- what analyze.py finds -------------------------------------------------------------------------------------------
+# ---- what analyze.py finds -----------------------------------------------------------------------
 
 def attention(weights, path, title):
-    """Every head's weights (L, nh, T, T) as a small map: layers down, heads across."""
+    """Draw every head's weights (L, nh, T, T) as a small map, a row of maps for each layer."""
     L, nh = weights.shape[:2]
-    with picture(path, L, nh, figsize=(max(5, 1.1 * nh), max(2, 1.2 * L) + 0.6)) as (figure, panels):
+    size = (max(5, 1.1 * nh), max(2, 1.2 * L) + 0.6)   # inches
+    with picture(path, L, nh, figsize=size) as (figure, panels):
         for layer, row in enumerate(panels):
             for head, axes in enumerate(row):
-                axes.imshow(weights[layer, head] ** 0.5, vmin=0, vmax=1, interpolation='antialiased')
+                draw_weights(axes, weights[layer, head], 'antialiased')
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(f'{layer}.{head}', fontsize=7, pad=2)
-        figure.suptitle(f'{title}: layer.head, queries down, keys across, square roots of the weights', fontsize=8)
+        explained = 'layer.head; rows are queries, columns keys; square roots of the weights'
+        figure.suptitle(f'{title}: {explained}', fontsize=8)
+
+
+def draw_weights(axes, weights, interpolation):
+    """Draw one head's weights (T, T). Their square roots also show weights far below 1."""
+    axes.imshow(weights ** 0.5, vmin=0, vmax=1, interpolation=interpolation)
 
 
 def shown(word):
-    """A token in one line, with its blanks."""
+    """Return a token as text in one line, with visible blanks."""
     return repr(word)[1:-1].replace(' ', '␣')
 
 
 def one_head(weights, words, path, title):
-    """One head's weights (T, T) in full, with its tokens."""
-    T, words = len(words), [shown(word) for word in words]
-    with picture(path, figsize=[max(4, min(40, 0.15 * T + 1.5))] * 2) as (_, ((axes,),)):
-        axes.imshow(weights ** 0.5, vmin=0, vmax=1, interpolation='nearest')
-        axes.set_xticks(range(T), words, rotation=90, fontsize=6)
-        axes.set_yticks(range(T), words, fontsize=6)
-        axes.set_title(f'{title}: queries down, keys across', fontsize=9)
+    """Draw one head's weights (T, T), with the text of its tokens along both axes."""
+    T = len(words)
+    labels = [shown(word) for word in words]
+    side = max(4, min(40, 0.15 * T + 1.5))   # inches
+    with picture(path, figsize=(side, side)) as (_, ((axes,),)):
+        draw_weights(axes, weights, 'nearest')
+        axes.set_xticks(range(T), labels, rotation=90, fontsize=6)
+        axes.set_yticks(range(T), labels, fontsize=6)
+        axes.set_title(f'{title}: rows are queries, columns keys', fontsize=9)
 
 
 def depth_scan(rows, path, title):
-    """Measures of all heads as maps, layers down and heads across; rows: dicts with layer, head and the measures."""
-    measures = dict(entropy_share='entropy, of its most', distance='tokens looked back', diagonal='on itself',
-                    previous='on the token before', first='on the first token', stripe='on the most attended column')
-    L, nh = rows[-1]['layer'] + 1, rows[-1]['head'] + 1
+    """Draw six measures of all heads as maps, with a row for each layer.
+
+    rows: dicts with layer, head and inside.scan's measures, in the order of layers and heads."""
+    measures = dict(
+        entropy_share='entropy, share of the maximum', distance='distance in tokens',
+        diagonal='on the token itself', previous='on the previous token',
+        first='on the first token', stripe='on the most attended token')
+    L = rows[-1]['layer'] + 1
+    nh = rows[-1]['head'] + 1
     with picture(path, 2, 3, figsize=(12, 2.5 + 0.6 * L)) as (figure, panels):
         for axes, (key, name) in zip(panels.flat, measures.items()):
-            values = [[row[key] for row in rows[i * nh:(i + 1) * nh]] for i in range(L)]
-            image = axes.imshow(values, vmin=0, vmax=None if key == 'distance' else 1, aspect='auto')
+            values = [row[key] for row in rows]
+            layers = [values[i * nh:(i + 1) * nh] for i in range(L)]
+            largest = None if key == 'distance' else 1
+            image = axes.imshow(layers, vmin=0, vmax=largest, aspect='auto')
             figure.colorbar(image, ax=axes)
-            axes.set(title=name, xlabel='head', ylabel='layer', xticks=range(0, nh, 1 + nh // 16),
-                     yticks=range(0, L, 1 + L // 16))
+            axes.set(title=name, xlabel='head', ylabel='layer',
+                     xticks=range(0, nh, 1 + nh // 16), yticks=range(0, L, 1 + L // 16))
         figure.suptitle(title, fontsize=10)
         figure.tight_layout()
 
 
 def head_ablation(rows, path, title):
-    """The loss without each head, less the loss with it (nats): bars with their intervals, the largest first, 60 at most."""
+    """Draw the change in loss without each head (nats) as bars, the largest 60 in order.
+
+    rows: dicts with layer, head, change, and the bounds of its interval, change_low and
+    change_high. The bounds are None where there is no interval."""
     rows = sorted(rows, key=lambda row: -row['change'])[:60]
-    with picture(path, figsize=(max(5, 0.22 * len(rows) + 1.5), 4)) as (_, ((axes,),)):
+    names = [f'{row["layer"]}.{row["head"]}' for row in rows]
+    size = (max(5, 0.22 * len(rows) + 1.5), 4)   # inches
+    with picture(path, figsize=size) as (_, ((axes,),)):
         axes.bar(range(len(rows)), [row['change'] for row in rows], alpha=0.6)
         for i, row in enumerate(rows):
             if row['change_low'] is not None:
-                axes.plot([i, i], [row['change_low'], row['change_high']], color='black', lw=0.8)
-        axes.set_xticks(range(len(rows)), [f'{row["layer"]}.{row["head"]}' for row in rows], rotation=90, fontsize=7)
+                bounds = [row['change_low'], row['change_high']]
+                axes.plot([i, i], bounds, color='black', lw=0.8)
+        axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7)
         axes.axhline(0, color='black', lw=0.6)
-        axes.set(xlabel='layer.head', ylabel='loss without it, less loss (nats)')
+        axes.set(xlabel='layer.head', ylabel='change in loss without the head (nats)')
         axes.set_title(title, fontsize=9)
 
 
-def text_losses(words, nats, worst, by_position, path, title):
-    """A text as lines of tokens coloured by loss; what was expected where it is worst; loss by position in the context.
+LINE = 110        # characters in a line of a text that is drawn
+LETTER = 0.0665   # inches that one of them takes
+LEADING = 0.19    # inches from line to line
 
-    words: of T tokens; nats: of all but the first; worst: lines of text; by_position: nats."""
-    from matplotlib.patches import Rectangle
-    across, cells, line, column = 110, [], 0, 0
-    for word, loss in zip(words, [None, *nats]):
-        for part in re.split('(?<=\n)', word):
-            if column and column + len(part) > across:
-                line, column = line + 1, 0
-            cells.append((line, column, ''.join(c if c.isprintable() else '⏎' if c == '\n' else '·' for c in part), loss))
-            line, column = (line + 1, 0) if part.endswith('\n') else (line, column + len(part))
-    heights = [0.19 * (line + 1), 0.19 * (len(worst) + 1), 2.2]   # inches
-    size = (across * 0.0665, sum(heights) + 1.0)   # of a character of the text
-    with picture(path, 3, 1, figsize=size, height_ratios=heights) as (figure, ((text,), (table,), (axes,))):
+
+def text_losses(tokens, worst, by_position, path, title):
+    """Draw a text with each token's loss as its colour, a list of lines, and the loss by position.
+
+    tokens: [(text, nats or None)]. worst: lines of text. by_position: nats."""
+    cells, lines = typeset(tokens)
+    heights = [LEADING * lines, LEADING * (len(worst) + 1), 2.2]   # inches
+    size = (LETTER * LINE, sum(heights) + 1.0)
+    with picture(path, 3, 1, figsize=size, height_ratios=heights) as (figure, panels):
+        (text,), (table,), (curve,) = panels
         figure.subplots_adjust(left=0, right=1)
-        style = dict(family='monospace', fontsize=7.7, va='center')
-        for i, j, part, loss in cells:
-            if loss is not None:
-                text.add_patch(Rectangle((j, -i - 0.5), len(part), 1, color='tab:red', alpha=min(0.8, loss / 8), lw=0))
-            text.text(j, -i, part, **style)
-        text.set(xlim=(0, across), ylim=(-line - 0.6, 0.6), title=f'{title}: the redder, the higher the loss')
-        for i, said in enumerate(worst):
-            table.text(0, -i, said if len(said) <= across else said[:across - 1] + '…', **style)
-        table.set(xlim=(0, across), ylim=(-len(worst), 0.6))
-        for panel in (text, table):
-            panel.axis('off')
-        axes.plot(range(1, len(by_position) + 1), by_position)
-        axes.set(xlabel='position in the context', ylabel='nats', ylim=(0, None))
-        axes.grid(alpha=0.3)
+        draw_cells(text, cells)
+        text.set(xlim=(0, LINE), ylim=(0.4 - lines, 0.6),
+                 title=f'{title}: the redder, the higher the loss')
+        for i, line in enumerate(worst):
+            if len(line) > LINE:
+                line = line[:LINE - 1] + '…'
+            draw_line(table, 0, -i, line)
+        table.set(xlim=(0, LINE), ylim=(-len(worst), 0.6))
+        text.axis('off')
+        table.axis('off')
+        curve.plot(range(1, len(by_position) + 1), by_position)
+        curve.set(xlabel='position in the context', ylabel='nats', ylim=(0, None))
+        curve.grid(alpha=0.3)
 
 
-def embeddings(points, words, shares, neighbours, similar, path):
-    """Tokens at their embeddings' first two principal components; the nearest neighbours of some, [(token, [(token, cosine)])];
-    the cosines of position embeddings (n, n), or None."""
+def typeset(tokens):
+    """Return the place of each token in lines of LINE characters, and the number of lines.
+
+    tokens: [(text, nats or None)]. The places are [(line, column, printable text, nats)]. A token
+    with line breaks has several."""
+    cells = []
+    line = 0
+    column = 0
+    for text, nats in tokens:
+        for part in re.split('(?<=\n)', text):
+            if column and column + len(part) > LINE:
+                line += 1
+                column = 0
+            cells.append((line, column, printable(part), nats))
+            column += len(part)
+            if part.endswith('\n'):
+                line += 1
+                column = 0
+    return cells, line + 1
+
+
+def printable(text):
+    """Return a text with a sign for each character that a picture cannot show."""
+    signs = []
+    for character in text:
+        if character == '\n':
+            character = '⏎'
+        elif not character.isprintable():
+            character = '·'
+        signs.append(character)
+    return ''.join(signs)
+
+
+def draw_cells(axes, cells):
+    """Draw typeset's places, the redder, the higher the loss."""
+    from matplotlib.patches import Rectangle
+    for line, column, text, nats in cells:
+        if nats is not None:
+            axes.add_patch(Rectangle((column, -line - 0.5), len(text), 1, color='tab:red',
+                                     alpha=min(0.8, nats / 8), lw=0))
+        draw_line(axes, column, -line, text)
+
+
+def draw_line(axes, x, y, text):
+    axes.text(x, y, text, family='monospace', fontsize=7.7, va='center')
+
+
+def embeddings(points, shares, neighbours, similar, path):
+    """Draw token embeddings in two dimensions, nearest neighbours, and cosines of positions.
+
+    points: [(text of a token, x, y)], the first two principal components. shares: of the variance,
+    one for each. neighbours: [(text of a token, [(text of another, cosine)])]. similar: cosines of
+    position embeddings (n, n), or None."""
     columns = 2 if similar is None else 3
-    with picture(path, 1, columns, figsize=(6 * columns, 5.5)) as (figure, ((axes, table, *rest),)):
-        for (x, y), word in zip(points, words):
-            axes.text(x, y, shown(word), fontsize=8, ha='center', va='center')
-        axes.update_datalim(points)
-        axes.autoscale_view()
-        axes.set(xlabel=f'first principal component, {shares[0]:.0%} of the variance', ylabel=f'second, {shares[1]:.0%}')
+    with picture(path, 1, columns, figsize=(6 * columns, 5.5)) as (figure, panels):
+        plane, table, *others = panels[0]
+        for word, x, y in points:
+            plane.text(x, y, shown(word), fontsize=8, ha='center', va='center')
+        plane.update_datalim([(x, y) for _, x, y in points])
+        plane.autoscale_view()
+        plane.set(xlabel=f'first principal component, {shares[0]:.0%} of the variance',
+                  ylabel=f'second principal component, {shares[1]:.0%} of the variance')
         for i, (word, near) in enumerate(neighbours):
-            line = ', '.join(f'{shown(other)} {cosine:.2f}' for other, cosine in near[:4])
-            table.text(0, -i, f'{shown(word):>12}: {line}', family='monospace', fontsize=7.5)
+            listed = ', '.join(f'{shown(other)} {cosine:.2f}' for other, cosine in near[:4])
+            table.text(0, -i, f'{shown(word):>12}: {listed}', family='monospace', fontsize=7.5)
         table.set(xlim=(0, 1), ylim=(-len(neighbours), 1), title='nearest neighbours, by cosine')
         table.axis('off')
-        for axes in rest:
-            figure.colorbar(axes.imshow(similar, vmin=-1, vmax=1, cmap='coolwarm'), ax=axes)
+        for axes in others:
+            image = axes.imshow(similar, vmin=-1, vmax=1, cmap='coolwarm')
+            figure.colorbar(image, ax=axes)
             axes.set(title='cosine of position embeddings', xlabel='position', ylabel='position')
 
 
 def gradients(rows, path, title):
-    """Norms of weights and gradients a layer, logarithmic; rows: dicts with layer, weight and gradient."""
-    with picture(path, figsize=(max(6, 0.3 * len(rows) + 1), 4)) as (_, ((axes,),)):
+    """Draw the norms of each layer's weights and gradients, on a logarithmic scale.
+
+    rows: dicts with layer, weight and gradient."""
+    size = (max(6, 0.3 * len(rows) + 1), 4)   # inches
+    with picture(path, figsize=size) as (_, ((axes,),)):
         for key in ('weight', 'gradient'):
-            axes.plot(range(len(rows)), [row[key] or math.nan for row in rows], marker='o', ms=3, lw=0.8, label=f'{key} norm')
-        axes.set_xticks(range(len(rows)), [row['layer'] for row in rows], rotation=90, fontsize=7)
+            norms = [row[key] or math.nan for row in rows]   # a logarithm has no place for 0
+            axes.plot(range(len(rows)), norms, marker='o', ms=3, lw=0.8, label=f'{key} norm')
+        names = [row['layer'] for row in rows]
+        axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7)
         axes.set(yscale='log', title=title)
         axes.yaxis.set_major_formatter('{x:g}')
         axes.yaxis.set_minor_formatter('')
@@ -235,26 +313,28 @@ def gradients(rows, path, title):
         axes.legend()
 
 
-# ---- studies ---------------------------------------------------------------------------------------------------------------
+# ---- studies -------------------------------------------------------------------------------------
 
 def study(rows, path, title, unit):
-    """Validation losses on the way, means over seeds with bands from lowest to highest; the last ones with 95 % intervals.
+    """Draw the validation losses of a study's variants during training, and their last losses.
 
-    rows: dicts with name, mean and half of its interval (None: one run), logs: [[tokens, training, validation loss], ...]."""
+    The curves are means over seeds, with bands from the lowest to the highest. rows: dicts with
+    name, mean of the last losses, half of its 95 % interval (None: one run), and logs, one for each
+    seed: [[tokens, training loss, validation loss], ...]. unit: of the last losses."""
     with picture(path, 1, 2, figsize=(12, 4.5)) as (figure, ((curves, last),)):
         for i, row in enumerate(rows):
-            points = {}
-            for log in row['logs']:
-                for tokens, _, loss in log[:-1]:   # the last one is of the whole split, and on the right
-                    if tokens and loss is not None:   # all begin at ln V, which would flatten the rest
-                        points.setdefault(tokens, []).append(loss)
+            color = f'C{i % 10}'
+            points = losses_by_tokens(row['logs'])
             if points:
-                means = [sum(losses) / len(losses) for losses in points.values()]
-                curves.plot(list(points), means, color=f'C{i % 10}', label=row['name'])
-                curves.fill_between(list(points), [min(losses) for losses in points.values()],
-                                    [max(losses) for losses in points.values()], color=f'C{i % 10}', alpha=0.2, lw=0)
-            last.errorbar([row['mean']], [i], xerr=[row['half'] or 0], fmt='o', ms=4, capsize=3, color=f'C{i % 10}')
-        curves.set(xlabel='tokens trained on', ylabel='validation loss on a sample (nats per token)', title=title)
+                lowest = [min(values) for values in points.values()]
+                highest = [max(values) for values in points.values()]
+                means = [sum(values) / len(values) for values in points.values()]
+                curves.plot(list(points), means, color=color, label=row['name'])
+                curves.fill_between(list(points), lowest, highest, color=color, alpha=0.2, lw=0)
+            last.errorbar([row['mean']], [i], xerr=[row['half'] or 0], fmt='o', ms=4, capsize=3,
+                          color=color)
+        curves.set(xlabel='tokens trained on', title=title,
+                   ylabel='validation loss on a sample (nats per token)')
         last.set_yticks(range(len(rows)), [row['name'] for row in rows])
         last.invert_yaxis()
         last.set(xlabel=f'last loss, whole split ({unit}), 95 % intervals')
@@ -263,3 +343,16 @@ def study(rows, path, title, unit):
         if curves.lines:
             curves.legend(fontsize=8)
         figure.tight_layout()
+
+
+def losses_by_tokens(logs):
+    """Return {tokens trained on: validation losses of the seeds} for the evaluations on the way.
+
+    A log's last loss is left out: it is of the whole split. The loss before training is left out
+    too: it is near ln V for every variant, and the curves would be flat beside it."""
+    points = {}
+    for log in logs:
+        for tokens, _, loss in log[:-1]:
+            if tokens and loss is not None:
+                points.setdefault(tokens, []).append(loss)
+    return points

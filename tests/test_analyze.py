@@ -53,7 +53,7 @@ def test_analyze(script, run):
         assert float(row['change_low']) < float(row['change']) < float(row['change_high'])
     assert all(line in found['findings'] for line in result.out.splitlines())
     assert 'note:' not in result.err and not list((run / 'out').glob('analysis-*'))
-    assert 'looked at are the first 16, all that fit' in script('analyze.py', '--tokens=20', '--windows=2').err
+    assert 'Analyzed are the first 16, which is all that fits' in script('analyze.py', '--tokens=20', '--windows=2').err
 
 
 def test_the_interval_is_students(script, run):
@@ -178,7 +178,7 @@ def changed(run, monkeypatch, old, new):
 def test_more_attention_than_fits_is_cut(script, run, monkeypatch):
     changed(run, monkeypatch, 'HELD_BYTES = 1 << 30', 'HELD_BYTES = 4 * 4 * 10 * 10')
     result = script('analyze.py', '--device=cpu', '--windows=2', '--tokens=20')
-    assert 'looked at are the first 10, as the attention of 4 heads' in result.err
+    assert 'Analyzed are the first 10, as the attention of 4 heads' in result.err
     assert len(report_of(run / 'out/analysis/report.html')['tokens']) == 10
 
 
