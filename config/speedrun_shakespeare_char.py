@@ -14,7 +14,7 @@ gradient_accumulation_steps = 1
 # modded-nanogpt's changes to GPT-2
 pos = 'rope'
 qk_norm = True
-activation = 'relu2'   # on a processor two to three times as fast as the tanh form of GELU, too
+activation = 'relu2'   # on a processor also two to three times as fast as GELU's tanh form
 zero_init = True
 tie_weights = False
 bias = False
