@@ -213,7 +213,12 @@ def typed_flags(changes):
     Fail for a knob that some variants of the study change and the setting does not have: the other
     variants would get the flag too, and their names would be wrong."""
     typed = {}
-    for word in shlex.split(flags):
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        fail(f'flags={flags!r}: {error}; allowed are --key=value of train.py, as in a shell; '
+             f'type --flags="--max_iters=500"')
+    for word in words:
         parts = re.fullmatch(r'--(\w+)=(.*)', word)
         if not parts or parts[1] in ('seed', 'out_dir', 'device', 'init_from', 'data_dir'):
             fail(f'flags={word!r}: allowed are --key=value of train.py, but for seed, out_dir, '
@@ -267,7 +272,8 @@ def read_results(path):
     try:
         with open(path, encoding='utf-8') as f:
             there = json.load(f)
-        there['setting'].items(), there['variants'].items(), there['baseline'].upper()
+        there['setting'].items(), there['variants'].items(), there['full']
+        there['baseline'].upper(), there['study'].upper()
         for run in there['runs']:
             missing = needed - run.keys()
             if missing:

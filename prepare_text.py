@@ -325,7 +325,7 @@ def read_plain(path, reading):
             yield path, None
         sure = len(held)
         if block:
-            sure -= len(tokenizers.END_OF_TEXT)   # the last characters may be the beginning of a mark
+            sure -= len(tokenizers.END_OF_TEXT)   # the rest may be the beginning of a mark
         if sure > 0:
             yield path, held[:sure]
             held = held[sure:]

@@ -173,6 +173,7 @@ def test_list(script, folder):
     (['headz'], ["study='headz'", 'heads', 'modern']), ([], ["study=''", 'list']), (['heads', '--variants=3 heads'], ['3 heads', '8 heads']),
     (['heads', '--seeds=0'], ['seeds=0']), (['heads', '--data_dir=nowhere'], ['nowhere', 'prepare_shakespeare.py']),
     (['heads', '--report'], ['heads.json', 'python ablate.py heads']), (['heads', '--flags=--seed=3'], ['seed', '--key=value']),
+    (['heads', '--flags="--n_embd=64'], ['No closing quotation', '--flags=']),
     (['norm', '--flags=--norm=post'], ['norm varies norm', '--max_iters=500']), (['heads', '--flags=--n_layr=3'], ['n_layr', 'n_layer']), (['heads', '--flags=--n_embd=30'], ['n_embd=30', 'n_head'])])
 def test_mistakes(refused, mini, flags, words):
     """Unknown studies and variants with the list; what train.py refuses ends the study in its words."""
