@@ -1,15 +1,16 @@
 """
-Studies: what one choice is worth, all else equal, over several seeds. train.py is started once a run.
+Studies of what one choice is worth, all else equal, over several seeds.
 
-    python ablate.py list                     # the studies and their variants
-    python ablate.py heads                    # three seeds each, two to three minutes a run on two cores
-    python ablate.py heads --seeds=5          # goes on with those that are there
-    python ablate.py heads --full             # the setting of published studies, for a GPU; all there are work at once
-    python ablate.py heads --report           # table and picture once more, from heads.json alone
+    python ablate.py list                # the studies and their variants
+    python ablate.py heads               # three seeds each, two to three minutes a run on two cores
+    python ablate.py heads --seeds=5     # runs the seeds that are missing
+    python ablate.py heads --full        # the setting of published studies, for GPUs, in parallel
+    python ablate.py heads --report      # table and picture once more, from heads.json alone
 
-Reads data/<dataset>/; writes NAME.json (every run), NAME.md and NAME.png into results. Interrupted, it goes on where it was.
+Starts train.py once for each variant and seed. Reads data/<dataset>/; writes NAME.json (every run),
+NAME.md and NAME.png into the folder of results. An interrupted study continues with the same
+command.
 """
-import concurrent.futures
 import glob
 import hashlib
 import json
@@ -24,366 +25,751 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy import stats
 
-import plots
-import runtime
-from configurator import check, configure, ending_signals, fail
-from data import how_to_make, open_dataset, token_sizes
-from runtime import say
+from lib import plots
+from lib.checkpoint import read_log
+from lib.configurator import check, configure, ending_signals
+from lib.console import fail, say, write
+from lib.data import Dataset, how_to_make, open_dataset
+from lib.runtime import clock, find_device, lock
+from lib.tokenizers import token_sizes
 
-study = ''            # which one; may be typed first, without --study=
-variants = ''         # some of its variants, with commas between; '': all
+study = ''            # name of the study; may be typed first, without --study=
+variants = ''         # some of its variants, with commas between them; empty: all
 seeds = 3             # runs of each variant, with the seeds 1, 2, 3, ...
-full = False          # the published setting, else a smaller one for two CPU cores
-flags = ''            # for train.py in every run, over the setting: '--n_embd=64 --max_iters=500'
-report = False        # write table and picture again from the results there are, and run nothing
-results = 'results/ablations'   # folder of what is found
+full = False          # the published setting; False: a smaller one for two CPU cores
+flags = ''            # flags for train.py in every run: '--n_embd=64 --max_iters=500'
+report = False        # write table and picture from the results that exist, and run nothing
+results = 'results/ablations'   # folder of the results
 data_dir = 'data'     # where datasets live
-device = 'auto'       # 'cpu', 'cuda' (all of them), 'cuda:1', 'mps'
-knobs, _ = configure(globals(), runtime.find_device, first='study')
+device = 'auto'       # 'cpu', 'cuda' (every GPU, in parallel), 'cuda:1', 'mps'
+knobs, _ = configure(globals(), find_device, first='study')
 
-# ---- the setting: what all runs share --------------------------------------------------------------------------------
+HERE = os.path.dirname(os.path.abspath(__file__))
+RUNNING = 'out-ablate'   # folder of the runs that are not finished
+
+# ---- the setting: what all runs share ------------------------------------------------------------
+
 SETTING = dict(
-    dataset='shakespeare_char', n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, gradient_accumulation_steps=1,
-    batch_size=32, max_iters=1500, warmup_iters=50, learning_rate=8e-3, min_lr=0.0, beta2=0.99, eval_interval=250,
-    eval_iters=20, log_interval=50, always_save_checkpoint=False)
-if full:   # of the studies these answer: 4 layers, 4 heads, 256 wide, context 128, dropout 0.2
-    SETTING |= dict(n_embd=256, block_size=128, dropout=0.2, batch_size=64, max_iters=5000, warmup_iters=100,
-                    learning_rate=1e-3, eval_interval=500)
-WIDTH, RATE = SETTING['n_embd'], SETTING['learning_rate']
+    dataset='shakespeare_char', n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0,
+    gradient_accumulation_steps=1, batch_size=32, max_iters=1500, warmup_iters=50,
+    learning_rate=8e-3, min_lr=0.0, beta2=0.99, eval_interval=250, eval_iters=20,
+    log_interval=50, always_save_checkpoint=False)
+if full:
+    SETTING |= dict(
+        n_embd=256, block_size=128, dropout=0.2, batch_size=64, max_iters=5000, warmup_iters=100,
+        learning_rate=1e-3, eval_interval=500)
+WIDTH = SETTING['n_embd']
+RATE = SETTING['learning_rate']
 
-# ---- the studies: name, baseline, and what each variant has other than the setting -------------------------------------
-# against: the variant it is compared with, if not with the baseline; counted: not trained, but counted in the training text
+# ---- the studies: name -> (baseline, {variant: its flags for train.py}) --------------------------
+
+# Two keys of a variant are not flags. against: the variant that it is compared with, instead of the
+# baseline. counted: it is not trained, but counted in the training text.
+NOT_FLAGS = ('against', 'counted')
+
 ROPE = dict(pos='rope')
 QK_NORM = ROPE | dict(qk_norm=True)
 RELU2 = QK_NORM | dict(activation='relu2')
 UNTIED = RELU2 | dict(tie_weights=False, zero_init=True)
 STUDIES = {
     'baselines': ('GPT', {
-        'uniform': dict(counted='uniform'), 'counted unigram': dict(counted='unigram'),
-        'counted bigram': dict(counted='bigram'), 'trained bigram': dict(n_layer=0, pos='none', tie_weights=False),
-        'tied bigram': dict(n_layer=0, pos='none'), 'GPT': {}}),
-    'heads': ('4 heads', {f'{n} head{"s" * (n > 1)}': dict(n_head=n) for n in (1, 2, 4, 8)}),
+        'uniform': dict(counted='uniform'),
+        'counted unigram': dict(counted='unigram'),
+        'counted bigram': dict(counted='bigram'),
+        'trained bigram': dict(n_layer=0, pos='none', tie_weights=False),
+        'tied bigram': dict(n_layer=0, pos='none'),
+        'GPT': {}}),
+    'heads': ('4 heads', {
+        '1 head': dict(n_head=1),
+        '2 heads': dict(n_head=2),
+        '4 heads': dict(n_head=4),
+        '8 heads': dict(n_head=8)}),
     'depth': ('4 layers', {f'{n} layers': dict(n_layer=n) for n in (2, 4, 6, 8)}),
-    'width': (f'4 x {WIDTH}', {   # layers x width, of nearly the same number of parameters
+    'width': (f'4 x {WIDTH}', {   # layers x width, with nearly the same number of parameters
         f'{n} x {C}': dict(n_layer=n, n_embd=C)
         for n, C in ((1, 2 * WIDTH), (2, 180 * WIDTH // 128), (4, WIDTH), (8, 92 * WIDTH // 128))}),
-    'norm': ('pre', {'pre': {}, 'post': dict(norm='post'), 'none': dict(norm='none')}),
+    'norm': ('pre', {
+        'pre': {},
+        'post': dict(norm='post'),
+        'none': dict(norm='none')}),
     'residual': ('4 layers', {
-        '2 layers': dict(n_layer=2), '2 layers without': dict(n_layer=2, residual=False, against='2 layers'),
-        '4 layers': dict(n_layer=4), '4 layers without': dict(n_layer=4, residual=False),
-        '8 layers': dict(n_layer=8), '8 layers without': dict(n_layer=8, residual=False, against='8 layers')}),
-    'positions': ('learned', {'learned': {}, 'rope': dict(pos='rope'), 'none': dict(pos='none')}),
-    'tokenizer': ('char', {   # of GPT-2's tokens, which are 3.3 characters, fewer at a time: all see as much text
-        'char': dict(dataset='shakespeare_char'), 'byte': dict(dataset='shakespeare_byte'),
+        '2 layers': dict(n_layer=2),
+        '2 layers without': dict(n_layer=2, residual=False, against='2 layers'),
+        '4 layers': dict(n_layer=4),
+        '4 layers without': dict(n_layer=4, residual=False),
+        '8 layers': dict(n_layer=8),
+        '8 layers without': dict(n_layer=8, residual=False, against='8 layers')}),
+    'positions': ('learned', {
+        'learned': {},
+        'rope': dict(pos='rope'),
+        'none': dict(pos='none')}),
+    'tokenizer': ('char', {
+        'char': dict(dataset='shakespeare_char'),
+        'byte': dict(dataset='shakespeare_byte'),
+        # GPT-2's tokens are 3.3 characters long: with fewer sequences all variants see as much text
         'gpt2': dict(dataset='shakespeare', batch_size=19 if full else 10)}),
-    'dropout': ('0.0', {'0.0': dict(dropout=0.0), '0.1': dict(dropout=0.1), '0.2': dict(dropout=0.2)}),
+    'dropout': ('0.0', {
+        '0.0': dict(dropout=0.0),
+        '0.1': dict(dropout=0.1),
+        '0.2': dict(dropout=0.2)}),
     'regularization': ('none', {
-        'none': {}, 'label smoothing 0.1': dict(label_smoothing=0.1), 'layer drop 0.1': dict(layer_drop=0.1)}),
+        'none': {},
+        'label smoothing 0.1': dict(label_smoothing=0.1),
+        'layer drop 0.1': dict(layer_drop=0.1)}),
     'optimizer': (f'AdamW {RATE:g}', {
-        f'AdamW {RATE / 2:g}': dict(learning_rate=RATE / 2), f'AdamW {RATE:g}': dict(learning_rate=RATE),
+        f'AdamW {RATE / 2:g}': dict(learning_rate=RATE / 2),
+        f'AdamW {RATE:g}': dict(learning_rate=RATE),
         f'AdamW {2 * RATE:g}': dict(learning_rate=2 * RATE),
-        **{f'Muon {rate}': dict(optimizer='muon', muon_learning_rate=rate) for rate in (0.01, 0.02, 0.04)}}),
-    'modern': ('GPT-2', {   # one upon the other
-        'GPT-2': {}, '+ rope': ROPE, '+ QK-norm': QK_NORM | dict(against='+ rope'),
+        'Muon 0.01': dict(optimizer='muon', muon_learning_rate=0.01),
+        'Muon 0.02': dict(optimizer='muon', muon_learning_rate=0.02),
+        'Muon 0.04': dict(optimizer='muon', muon_learning_rate=0.04)}),
+    'modern': ('GPT-2', {   # each adds one change to the one before
+        'GPT-2': {},
+        '+ rope': ROPE,
+        '+ QK-norm': QK_NORM | dict(against='+ rope'),
         '+ ReLU²': RELU2 | dict(against='+ QK-norm'),
         '+ untied head, zero init': UNTIED | dict(against='+ ReLU²'),
         '+ Muon': UNTIED | dict(optimizer='muon', against='+ untied head, zero init')}),
 }
 
-if study == 'list':
-    for key, (baseline, its) in STUDIES.items():
-        names = ', '.join(name + ' (baseline)' * (name == baseline) for name in its)
-        runtime.write(f'{key:15} {names}\n')
-    sys.exit()
-if study not in STUDIES:
-    fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; type python ablate.py heads')
-check(knobs, seeds=1)
-baseline, every = STUDIES[study]
-chosen = [] if report else [part.strip() for part in variants.split(',')] if variants else list(every)
-for part in chosen:
-    if part not in every:
-        fail(f'variants={part!r}: {study} has {", ".join(every)}; type --variants="{baseline}"')
-path = os.path.join(results, study + '-full' * full)   # .json, .md, .png
-typed = {}
-for word in shlex.split(flags):
-    found = re.fullmatch(r'--(\w+)=(.*)', word)
-    if not found or found[1] in ('seed', 'out_dir', 'device', 'init_from', 'data_dir'):
-        fail(f'flags={word!r}: allowed are --key=value of train.py, but for seed, out_dir, device, data_dir and init_from; '
+
+def counted(number, noun):
+    """Return '1 run' or '2 runs'."""
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
+
+
+def marked(variant, baseline):
+    """Return a variant's name, with a mark if it is the baseline."""
+    return f'{variant} (baseline)' if variant == baseline else variant
+
+
+def print_studies():
+    """Write the name of every study, and of its variants, on stdout."""
+    for name, (baseline, changes) in STUDIES.items():
+        names = ', '.join(marked(variant, baseline) for variant in changes)
+        write(f'{name:15} {names}\n')
+
+
+# ---- plan: variants, flags and data --------------------------------------------------------------
+
+@dataclass
+class Plan:
+    """What the command asks for."""
+    baseline: str    # name of a variant
+    changes: dict    # variant -> {key: value as text}, flags and NOT_FLAGS, of the whole study
+    chosen: list     # variants to run
+    setting: dict    # flags that all runs share: {knob of train.py: value as text}
+
+    def flags_of(self, variant):
+        """Return train.py's flags for a variant, without seed, device and folders."""
+        return self.setting | flags_among(self.changes[variant])
+
+
+def flags_among(changes):
+    """Return what is a flag for train.py among the changes of a variant."""
+    return {key: value for key, value in changes.items() if key not in NOT_FLAGS}
+
+
+def make_plan():
+    """Return the plan for the knobs; fail for a study, variant or flag that is not allowed."""
+    if study not in STUDIES:
+        fail(f'study={study!r}: allowed are list, {", ".join(STUDIES)}; '
+             f'type python ablate.py heads')
+    check(knobs, seeds=1)
+    baseline, changes = STUDIES[study]
+    return Plan(baseline, {variant: as_text(values) for variant, values in changes.items()},
+                chosen_variants(baseline, changes), as_text(SETTING | typed_flags(changes)))
+
+
+def as_text(values):
+    """Return a dict with its values as a command line has them."""
+    return {key: str(value) for key, value in values.items()}
+
+
+def chosen_variants(baseline, changes):
+    """Return the variants that --variants names, or all; none for --report."""
+    if report:
+        return []
+    if not variants:
+        return list(changes)
+    chosen = [name.strip() for name in variants.split(',')]
+    for name in chosen:
+        if name not in changes:
+            fail(f'variants={name!r}: {study} has {", ".join(changes)}; '
+                 f'type --variants="{baseline}"')
+    return chosen
+
+
+def typed_flags(changes):
+    """Return the flags in --flags as {knob: text}.
+
+    Fail for a knob that some variants of the study change and the setting does not have: the other
+    variants would get the flag too, and their names would be wrong."""
+    typed = {}
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        fail(f'flags={flags!r}: {error}; allowed are --key=value of train.py, as in a shell; '
              f'type --flags="--max_iters=500"')
-    if found[1] not in SETTING and any(found[1] in has for has in every.values()):   # those rows without it would be misnamed
-        fail(f'flags={word!r}: {study} varies {found[1]} itself; allowed are knobs that it leaves alone; type '
-             f'--flags="--max_iters=500"')
-    typed[found[1]] = found[2]
-setting = {key: str(value) for key, value in (SETTING | typed).items()}
-changes = {name: {key: str(value) for key, value in has.items()} for name, has in every.items()}
+    for word in words:
+        parts = re.fullmatch(r'--(\w+)=(.*)', word)
+        if not parts or parts[1] in ('seed', 'out_dir', 'device', 'init_from', 'data_dir'):
+            fail(f'flags={word!r}: allowed are --key=value of train.py, but for seed, out_dir, '
+                 f'device, data_dir and init_from; type --flags="--max_iters=500"')
+        key = parts[1]
+        if key not in SETTING and any(key in values for values in changes.values()):
+            fail(f'flags={word!r}: {study} varies {key} itself; allowed are knobs that it leaves '
+                 f'alone; type --flags="--max_iters=500"')
+        typed[key] = parts[2]
+    return typed
 
 
-def flags_of(name):
-    """What train.py is given for a variant, seed and places apart."""
-    return setting | {key: value for key, value in changes[name].items() if key not in ('against', 'counted')}
+@dataclass
+class Opened:
+    """A dataset of the study."""
+    data: Dataset
+    digest: str              # hash of its tokens, 16 hexadecimal digits
+    bytes_per_token: float   # mean over the validation split
 
 
-# ---- data and what is there already ------------------------------------------------------------------------------------
-opened = {}   # dataset: (Dataset, a hash of its tokens, bytes a token of the validation split)
-for name in chosen:
-    dataset = flags_of(name)['dataset']
-    if dataset not in opened:
-        data = open_dataset(dataset, data_dir)
-        if data.stand_in_banner():
-            fail(f'{data.folder} is a stand-in, and a study of it would be taken for one of the real text; make it anew: '
-                 f'{how_to_make(dataset, data_dir=data_dir)}')
-        val = np.concatenate([shard[1:] for shard in data.split('val')])   # the first of each is given, not predicted
-        hashed = hashlib.sha256(b''.join(shard.tobytes() for part in ('train', 'val') for shard in data.split(part)))
-        opened[dataset] = data, hashed.hexdigest()[:16], token_sizes(data.tokenizer)[0][val].mean()
+def open_datasets():
+    """Return {name: Opened} for the chosen variants; fail for a stand-in text."""
+    datasets = {}
+    for variant in plan.chosen:
+        name = plan.flags_of(variant)['dataset']
+        if name not in datasets:
+            datasets[name] = open_one(name)
+    return datasets
 
 
-def read(file):
-    """A study's results; fails where the file is none."""
+def open_one(name):
+    """Return a dataset as an Opened; fail for a stand-in text."""
+    data = open_dataset(name, data_dir)
+    if data.stand_in_banner():
+        fail(f'{data.folder} is a stand-in, and a study of it would be taken for one of the real '
+             f'text; make it anew: {how_to_make(name, data_dir=data_dir)}')
+    digest = hashlib.sha256()
+    for split in ('train', 'val'):
+        for shard in data.split(split):
+            digest.update(shard.tobytes())
+    predicted = np.concatenate([shard[1:] for shard in data.split('val')])
+    sizes = token_sizes(data.tokenizer)[0]
+    return Opened(data, digest.hexdigest()[:16], sizes[predicted].mean())
+
+
+# ---- results: what is there already --------------------------------------------------------------
+
+def read_results(path):
+    """Return a study's results; fail where the file holds something else."""
+    needed = {'variant', 'seed', 'flags', 'data', 'status', 'torch', 'device'}
     try:
-        with open(file, encoding='utf-8') as f:
-            found = json.load(f)
-        found['setting'].items(), found['variants'].items(), found['baseline'].upper()
-        assert all({'variant', 'seed', 'flags', 'data', 'status', 'torch', 'device'} <= run.keys() for run in found['runs'])
-        return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        fail(f'{file} is not a study\'s results ({type(error).__name__}: {error}); type --results=FOLDER for another place')
+        with open(path, encoding='utf-8') as f:
+            there = json.load(f)
+        there['setting'].items(), there['variants'].items(), there['full']
+        there['baseline'].upper(), there['study'].upper()
+        for run in there['runs']:
+            missing = needed - run.keys()
+            if missing:
+                raise ValueError(f'a run has no {min(missing)}')
+        return there
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(f"{path} is not a study's results ({type(error).__name__}: {error}); "
+             f'type --results=FOLDER for another place')
 
 
-file = path + '.json'
-if report and not os.path.exists(file):
-    fail(f'{file} is not there; run it first: python ablate.py {study}' + ' --full' * full)
-found = read(file) if os.path.exists(file) else dict(runs=[])
-if not report:
-    for run in found['runs']:
-        name, had = run['variant'], run['flags'] | dict(data=run['data'])
-        now = flags_of(name) if name in changes else {}
-        now |= dict(data=opened[now['dataset']][1] if now.get('dataset') in opened else run['data'])
-        if had != now:
-            key = next(key for key in {**had, **now} if had.get(key) != now.get(key))
-            fail(f'{file} has runs of {name!r} with {key}={had.get(key)}, which is now {now.get(key)}, and the two are not '
-                 f'mixed; type --results=FOLDER for another place')
-    elsewhere = [run for other in sorted(glob.glob(os.path.join(results, '*.json'))) if other != file
-                 for run in read(other)['runs'] if 'dtype' in run]   # trained to the end: equal runs need not be run again
-    found = dict(study=study, baseline=baseline, full=full, setting=setting, variants=changes, runs=found['runs'])
+def results_to_report():
+    """Return the results that exist; fail where there are none."""
+    if not os.path.exists(file):
+        command = f'python ablate.py {study}'
+        if full:
+            command += ' --full'
+        fail(f'{file} is not there; run it first: {command}')
+    return read_results(file)
 
 
-def write(file, text):
-    """In one piece: a study cut off while it writes keeps what it had."""
+def results_to_continue():
+    """Return the results with the runs that exist; fail where those were of other flags or data."""
+    runs = []
+    if os.path.exists(file):
+        runs = read_results(file)['runs']
+    for run in runs:
+        check_unchanged(run)
+    return dict(study=study, baseline=plan.baseline, full=full, setting=plan.setting,
+                variants=plan.changes, runs=runs)
+
+
+def check_unchanged(run):
+    """Fail for a run that would have other flags, or other data, if it were started now."""
+    variant = run['variant']
+    had = run['flags'] | dict(data=run['data'])
+    now = dict(data=run['data'])
+    if variant in plan.changes:
+        now |= plan.flags_of(variant)
+        if now['dataset'] in datasets:
+            now['data'] = datasets[now['dataset']].digest
+    for key in had | now:
+        if had.get(key) != now.get(key):
+            fail(f'{file} has runs of {variant!r} with {key}={had.get(key)}, which is now '
+                 f'{now.get(key)}, and the two are not mixed; '
+                 f'type --results=FOLDER for another place')
+
+
+def trained_elsewhere():
+    """Return the runs of the other studies that were trained to the end."""
+    runs = []
+    for other in sorted(glob.glob(os.path.join(results, '*.json'))):
+        if other != file:
+            runs += [run for run in read_results(other)['runs'] if 'dtype' in run]
+    return runs
+
+
+def save_results():
+    """Write the results as JSON, with a line for each run in the order of the variants."""
+    order = list(found['variants'])
+    runs = sorted(found['runs'], key=lambda run: (order.index(run['variant']), run['seed']))
+    rest = {key: value for key, value in found.items() if key != 'runs'}
+    rest = json.dumps(rest, indent=1, ensure_ascii=False).removesuffix('\n}')
+    lines = ',\n'.join('  ' + json.dumps(run, ensure_ascii=False) for run in runs)
+    write_file(file, f'{rest},\n "runs": [\n{lines}\n ]\n}}\n')
+
+
+def write_file(path, content):
+    """Write a file whole: what a study that is interrupted has written before stays as it was."""
     try:
-        with open(file + '.part', 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.replace(file + '.part', file)
+        with open(path + '.part', 'w', encoding='utf-8') as f:
+            f.write(content)
+        os.replace(path + '.part', path)
     except OSError as error:
-        stop()
-        fail(f'{file} cannot be written ({error.strerror}); make room, or type --results=FOLDER for another place')
+        kill_runs()
+        fail(f'{path} cannot be written ({error.strerror}); make room, '
+             f'or type --results=FOLDER for another place')
 
 
-def keep():
-    runs = sorted(found['runs'], key=lambda run: (list(changes).index(run['variant']), run['seed']))
-    rest = json.dumps({key: value for key, value in found.items() if key != 'runs'}, indent=1, ensure_ascii=False)
-    lines = ',\n'.join('  ' + json.dumps(run, ensure_ascii=False) for run in runs)   # a run a line
-    write(file, f'{rest[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
+# ---- run: one variant with one seed --------------------------------------------------------------
+
+processes = set()   # train.py's that are at work
 
 
-# ---- running -----------------------------------------------------------------------------------------------------------
-processes = set()
-
-
-def stop():
+def kill_runs():
     for process in list(processes):
         process.kill()
 
 
-def interrupted(number, frame):
-    stop()
-    say(f'stopped; what is done is in {file}, and the same command goes on')
-    os._exit(128 + number)
+def one_run(variant, seed, on):
+    """Train a variant with a seed, or count it; return what is known of the run as plain data.
+
+    on: the device. An equal run of another study is taken over instead."""
+    train_flags = plan.flags_of(variant)
+    run = dict(variant=variant, seed=seed, flags=train_flags,
+               data=datasets[train_flags['dataset']].digest, torch=torch.__version__,
+               device=on.partition(':')[0])
+    if 'counted' in plan.changes[variant]:
+        loss = counted_loss(plan.changes[variant]['counted'])
+        return run | dict(status='done', val_loss=loss, bits_per_byte=bits_per_byte(loss, run),
+                          parameters=0, tokens=0, seconds=0, log=[])
+    for other in elsewhere:
+        if all(other[key] == run[key] for key in ('seed', 'flags', 'data', 'torch', 'device')):
+            return other | dict(variant=variant)
+    return train(run, on)
+
+
+def bits_per_byte(loss, run):
+    """Return bits per byte for a loss in nats per token."""
+    bytes_per_token = datasets[run['flags']['dataset']].bytes_per_token
+    return loss * (1 / math.log(2) / bytes_per_token)
 
 
 def counted_loss(how):
-    """Exact nats per token of the validation split under frequencies of the training text, each count and one more."""
-    data, V = opened[setting['dataset']][0], opened[setting['dataset']][0].vocab_size
+    """Return the exact loss of a model of frequencies, in nats per token of the validation split.
+
+    how: 'uniform', 'unigram' or 'bigram'. The frequencies are those of the training text, with one
+    added to each count, so that no probability is 0."""
+    data = datasets[plan.setting['dataset']].data
+    V = data.vocab_size
     if how == 'uniform':
         return math.log(V)
-    splits = [[shard.astype(np.int64) for shard in data.split(part)] for part in ('train', 'val')]
-    before = [np.concatenate([shard[:-1] for shard in split]) * (how == 'bigram') for split in splits]
-    after = [np.concatenate([shard[1:] for shard in split]) for split in splits]
-    counts = np.ones((V, V))
-    np.add.at(counts, (before[0], after[0]), 1)
-    chances = counts / counts.sum(axis=1, keepdims=True)
-    return -np.log(chances[before[1], after[1]]).mean().item()
+    counts = np.ones((V, V))   # by the token before, and the token
+    np.add.at(counts, pairs(data, 'train', how), 1)
+    probabilities = counts / counts.sum(axis=1, keepdims=True)
+    return -np.log(probabilities[pairs(data, 'val', how)]).mean().item()
 
 
-def one_run(name, seed, device):
-    """Train one variant with one seed -> what is known of it."""
-    given = flags_of(name)
-    folder = os.path.join('out-ablate', study, re.sub(r'\W+', '-', f'{name}-{seed}-{os.getpid()}'))
-    run = dict(variant=name, seed=seed, flags=given, data=opened[given['dataset']][1], torch=torch.__version__,
-               device=device.partition(':')[0])
-    bits = 1 / math.log(2) / opened[given['dataset']][2]   # of a nat per token, per byte
-    if 'counted' in changes[name]:
-        loss = counted_loss(changes[name]['counted'])
-        return run | dict(status='done', val_loss=loss, bits_per_byte=loss * bits, parameters=0, tokens=0, seconds=0, log=[])
-    for other in elsewhere:
-        if all(other[key] == run[key] for key in ('seed', 'flags', 'data', 'torch', 'device')):
-            return other | dict(variant=name)
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'),
-               *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}', f'--out_dir={folder}',
-               f'--data_dir={data_dir}', f'--device={device}']
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace')
-    processes.add(process)
-    said = process.communicate()[1]
-    processes.discard(process)
-    rows = plots.read_log(os.path.join(folder, 'log.csv'))
-    last = next(iter(said.strip().splitlines()[-1:]), '').removeprefix('error: ')
-    run['log'] = [[int(row['tokens']), *(float(row[key]) if row[key] else None for key in ('train_loss', 'val_loss'))]
-                  for row in rows]
-    if process.returncode == 0:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            config = json.load(f)
-        loss = float(rows[-1]['val_loss'])
-        run |= dict(status='done', val_loss=loss, bits_per_byte=loss * bits, parameters=config['parameters'],
-                    tokens=int(rows[-1]['tokens']), seconds=float(rows[-1]['seconds']), dtype=config['dtype'])
-    elif broke := re.match(r'iter (\d+): .*no longer finite', last):
-        run |= dict(status='diverged', step=int(broke[1]))
-    elif rows or process.returncode != 2:
-        run |= dict(status='failed', error=last or f'ended with {process.returncode}')
+def pairs(data, split, how):
+    """Return (the tokens before, the tokens) of all targets in a split, two arrays.
+
+    For 'unigram' every token before is 0, so that it makes no difference."""
+    shards = [shard.astype(np.int64) for shard in data.split(split)]
+    before = np.concatenate([shard[:-1] for shard in shards])
+    after = np.concatenate([shard[1:] for shard in shards])
+    if how == 'unigram':
+        before = np.zeros_like(before)
+    return before, after
+
+
+def train(run, on):
+    """Return a run with what train.py did. on: the device."""
+    name = f'{run["variant"]}-{run["seed"]}-{os.getpid()}'
+    folder = os.path.join(RUNNING, study, re.sub(r'\W+', '-', name))
+    code, last_line = run_train_py(run, on, folder)
+    logged = read_log(os.path.join(folder, 'log.csv'))
+    run['log'] = [[int(row['tokens']), as_number(row['train_loss']), as_number(row['val_loss'])]
+                  for row in logged]
+    stopped_at = re.match(r'iter (\d+): .*no longer finite', last_line)
+    if code == 0:
+        run |= finished(run, logged[-1], folder)
+    elif stopped_at:
+        run |= dict(status='diverged', step=int(stopped_at[1]))
+    elif logged or code != 2:
+        run |= dict(status='failed', error=last_line or f'ended with {code}')
     else:
-        run |= dict(status='refused', error=last)
+        run |= dict(status='refused', error=last_line)
     shutil.rmtree(folder, ignore_errors=True)
     return run
 
 
-if not report:
+def run_train_py(run, on, folder):
+    """Run train.py to its end; return its exit code and the last line that it printed on stderr."""
+    command = [sys.executable, os.path.join(HERE, 'train.py')]
+    command += [f'--{key}={value}' for key, value in run['flags'].items()]
+    command += [f'--seed={run["seed"]}', f'--out_dir={folder}', f'--data_dir={data_dir}',
+                f'--device={on}']
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, errors='replace')
+    processes.add(process)
+    said = process.communicate()[1].strip().splitlines()
+    processes.discard(process)
+    last_line = said[-1] if said else ''
+    return process.returncode, last_line.removeprefix('error: ')
+
+
+def as_number(cell):
+    """Return a cell of log.csv as a number, None for an empty one."""
+    return float(cell) if cell else None
+
+
+def finished(run, last, folder):
+    """Return what is known of a run that came to its end. last: the last row of its log."""
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        config = json.load(f)
+    loss = float(last['val_loss'])
+    return dict(status='done', val_loss=loss, bits_per_byte=bits_per_byte(loss, run),
+                parameters=config['parameters'], tokens=int(last['tokens']),
+                seconds=float(last['seconds']), dtype=config['dtype'])
+
+
+# ---- run: all of them ----------------------------------------------------------------------------
+
+def take_folders():
+    """Make the folders of results and of runs; return the lock on the latter.
+
+    What a killed study has left there is removed."""
+    running = os.path.join(RUNNING, study)
     try:
-        for folder in (results, os.path.join('out-ablate', study)):
-            os.makedirs(folder, exist_ok=True)
-        lock = runtime.lock(os.path.join('out-ablate', study))   # as long as this process lives
-        for left_over in glob.glob(os.path.join('out-ablate', study, '*', '')):   # a killed study's run may still write there
-            shutil.rmtree(left_over, ignore_errors=True)
+        os.makedirs(results, exist_ok=True)
+        os.makedirs(running, exist_ok=True)
+        held = lock(running)
+        for left_over in glob.glob(os.path.join(running, '*', '')):
+            shutil.rmtree(left_over, ignore_errors=True)   # a train.py may still write there
+        return held
     except OSError as error:
-        fail(f'{error.filename} cannot be made ({error.strerror}); type --results=FOLDER for another place')
+        fail(f'{error.filename} cannot be made ({error.strerror}); '
+             f'type --results=FOLDER for another place')
+
+
+def stop_on_signals():
+    """Let a signal end the runs and this script at once: the results have been written."""
+    def stop(number, frame):
+        kill_runs()
+        say(f'stopped; what is done is in {file}, and the same command goes on')
+        os._exit(128 + number)
     for number in ending_signals():
-        signal.signal(number, interrupted)
-    there = {(run['variant'], run['seed']) for run in found['runs'] if run['status'] != 'failed'}   # which is tried again
-    todo = [(name, seed) for seed in range(1, seeds + 1) for name in chosen
-            if (name, seed) not in there and not ('counted' in changes[name] and seed > 1)]
-    devices, free = [device], queue.Queue()
+        signal.signal(number, stop)
+
+
+def key_of(run):
+    return run['variant'], run['seed']
+
+
+def runs_to_do(there):
+    """Return the (variant, seed) pairs that are not `there`, seed by seed. Counts need one seed."""
+    todo = []
+    for seed in range(1, seeds + 1):
+        for variant in plan.chosen:
+            repeats = 'counted' in plan.changes[variant] and seed > 1
+            if (variant, seed) not in there and not repeats:
+                todo.append((variant, seed))
+    return todo
+
+
+def run_all():
+    """Do the runs that are missing or have failed, and save the results after each of them."""
+    there = {key_of(run) for run in found['runs'] if run['status'] != 'failed'}
+    todo = runs_to_do(there)
+    devices = [device]
     if device == 'cuda':
         devices = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-    for each in devices:
-        free.put(each)
-
-    def next_run(name, seed):
-        taken = free.get()
-        try:
-            return one_run(name, seed, taken)
-        finally:
-            free.put(taken)
-
-    if found['runs']:   # so that --report finds the variants as they are named now
-        keep()
+    if found['runs']:
+        save_results()   # --report then finds the variants by their present names
+    message = (f'{study}: {counted(len(todo), "run")} to do on {", ".join(devices)}, '
+               f'{len(there)} in {file}')
+    if not todo:
+        message += '; to run it anew type --results=FOLDER'
+    say(message)
+    free = queue.Queue()   # devices without a run
+    for name in devices:
+        free.put(name)
     started = time.perf_counter()
-    say(f'{study}: {len(todo)} run{"s" * (len(todo) != 1)} to do on {", ".join(devices)}, {len(there)} in {file}' +
-        '; to run it anew type --results=FOLDER' * (not todo))
-    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-        pending = [pool.submit(next_run, *what) for what in todo]
-        for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
+    with ThreadPoolExecutor(len(devices)) as pool:
+        pending = [pool.submit(run_on_free, free, variant, seed) for variant, seed in todo]
+        for done, future in enumerate(as_completed(pending), 1):
             run = future.result()
-            if run['status'] == 'refused':
+            if run['status'] == 'refused':   # the next runs would be refused too
                 pool.shutdown(wait=False, cancel_futures=True)
-                stop()
+                kill_runs()
                 fail(f'train.py refuses {run["variant"]!r}: {run["error"]}')
-            again = (run['variant'], run['seed'])   # one that failed before
-            found['runs'] = [old for old in found['runs'] if (old['variant'], old['seed']) != again] + [run]
-            keep()
+            found['runs'] = [old for old in found['runs'] if key_of(old) != key_of(run)] + [run]
+            save_results()
             left = (time.perf_counter() - started) / done * (len(todo) - done)
-            say(f'{run["variant"]}, seed {run["seed"]}: ' + (f'{run["val_loss"]:.4f} nats per token' if 'val_loss' in run else
-                f'{run["status"]} {run.get("error", "")}') + f'; {done} of {len(todo)}, {runtime.clock(left)} left')
-
-# ---- table and picture, of what the file holds alone --------------------------------------------------------------------
-def spread(values):
-    """Mean, and the squared standard error with its degrees of freedom; None for a single run, which says nothing of it."""
-    return statistics.mean(values), (statistics.variance(values) / len(values), len(values) - 1) if len(values) > 1 else None
+            say(f'{run["variant"]}, seed {run["seed"]}: {outcome(run)}; '
+                f'{done} of {len(todo)}, {clock(left)} left')
 
 
-def interval(*errors):
-    """Half of the 95 % interval of a sum of means: Student's t with Welch's degrees of freedom (Biometrika 34, 1947)."""
-    if None in errors:
+def run_on_free(free, variant, seed):
+    """Do a run on a device from the queue of free ones, and put it back."""
+    on = free.get()
+    try:
+        return one_run(variant, seed, on)
+    finally:
+        free.put(on)
+
+
+def outcome(run):
+    """Return in words how a run ended."""
+    if run['status'] == 'done':
+        return f'{run["val_loss"]:.4f} nats per token'
+    if run['status'] == 'diverged':
+        return f'diverged at step {run["step"]:,}'
+    return f'failed: {run["error"]}'
+
+
+# ---- tabulate: means and intervals ---------------------------------------------------------------
+
+@dataclass
+class Estimate:
+    """A mean over seeds, and how far it can be off."""
+    mean: float
+    variance: float   # squared standard error of the mean; 0 where it is exact, None for one run
+    freedom: int      # degrees of freedom of the variance
+
+
+def mean_over_seeds(values, exact):
+    """Return the mean of the seeds' values as an Estimate. exact: whether they were counted."""
+    mean = statistics.mean(values)
+    if exact:
+        return Estimate(mean, 0.0, 1)
+    if len(values) == 1:
+        return Estimate(mean, None, 0)
+    return Estimate(mean, statistics.variance(values) / len(values), len(values) - 1)
+
+
+def half_interval(*estimates):
+    """Return half of the 95 % interval of a sum or difference of means; None with a single run.
+
+    Student's t with Welch's degrees of freedom (Biometrika 34, 1947)."""
+    if any(one.variance is None for one in estimates):
         return None
-    errors = [(error, freedom) for error, freedom in errors if error]
-    if not errors:
+    uncertain = [one for one in estimates if one.variance]
+    if not uncertain:
         return 0.0
-    total = sum(error for error, _ in errors)
-    return stats.t.ppf(0.975, total**2 / sum(error**2 / freedom for error, freedom in errors)) * math.sqrt(total)
+    total = sum(one.variance for one in uncertain)
+    freedom = total**2 / sum(one.variance**2 / one.freedom for one in uncertain)
+    return stats.t.ppf(0.975, freedom) * math.sqrt(total)
 
 
-changes = found['variants']
-runs_of = {name: [run for run in found['runs'] if run['variant'] == name] for name in changes}
-several = len({run['flags']['dataset'] for run in found['runs']}) > 1
-key, unit = ('bits_per_byte', 'bits per byte') if several else ('val_loss', 'nats per token')
-values = {name: [run[key] for run in runs if run['status'] == 'done'] for name, runs in runs_of.items()}
-lines, drawn = [], []
-for name, runs in runs_of.items():
-    if not runs:
-        continue
-    has = ', '.join(f'{knob}={value}' for knob, value in changes[name].items() if knob not in ('against', 'counted'))
-    other = changes[name].get('against', found['baseline'])
-    cells = [name + ' (baseline)' * (name == found['baseline']), has, '', '', '', '', '']
-    done = [run for run in runs if run['status'] == 'done']
-    if done:
-        mean, error = spread(values[name])
-        exact = 'counted' in changes[name]
-        sd = statistics.stdev(values[name]) if error else None
-        cells[2] = f'{done[0]["parameters"]:,}' * (not exact)
-        cells[3] = f'{mean:.4f}' + (f' ({sd:.4f})' if error else '' if exact else ' (one run)')
-        drawn.append(dict(name=name, mean=mean, half=0.0 if exact else interval(error),
-                          logs=[run['log'] for run in done if run['log']]))
-        if name != other and values.get(other):
-            base, its_error = spread(values[other])
-            half = interval((0.0, 1) if exact else error, its_error)
-            cells[5] = f'{mean - base:+.4f}' + (
-                '' if half is None else f' ({mean - base - half:+.4f} to {mean - base + half:+.4f})') + (
-                f' to {other}' if other != found['baseline'] else '') + (
-                ': none seen' if half is not None and abs(mean - base) <= half else '')
-        if not exact:
-            cells[6] = f'{statistics.median(run["tokens"] / max(run["seconds"], 1e-9) for run in done):,.0f}'
-    failed = [f'seed {run["seed"]} ' + (f'diverged at step {run["step"]:,}' if run['status'] == 'diverged' else
-                                        f'failed: {run["error"]}') for run in runs if run['status'] != 'done']
-    cells[4] = '; '.join([f'{len(done)}', *failed])
-    lines.append('| ' + ' | '.join(cell.replace('|', '/') for cell in cells) + ' |')
-trained = [run for run in found['runs'] if run.get('dtype')]
-where = sorted({f'{run["device"]} in {run["dtype"]}, torch {run["torch"]}' for run in trained})
-changed = ' '.join(f'--{knob}={value}' for knob, value in found['setting'].items() if str(SETTING.get(knob)) != value)
-command = f'python ablate.py {found["study"]}' + ' --full' * found['full'] + (changed and f' --flags="{changed}"')
-text = f'''# {found['study']}
+@dataclass
+class Row:
+    """A variant in the table and in the picture."""
+    name: str
+    changes: dict        # flags and NOT_FLAGS
+    runs: list           # all runs of the variant
+    done: list           # runs that came to their end
+    values: list         # last losses of these runs
+    estimate: Estimate   # mean of these losses; None where no run is done
 
-`{command}`: each run is train.py with what its row names and otherwise
+
+def make_rows(measure):
+    """Return the rows of all variants that have runs, by name. measure: choose_measure's key."""
+    rows = {}
+    for name, changes in found['variants'].items():
+        runs = [run for run in found['runs'] if run['variant'] == name]
+        done = [run for run in runs if run['status'] == 'done']
+        values = [run[measure] for run in done]
+        mean = mean_over_seeds(values, 'counted' in changes) if values else None
+        if runs:
+            rows[name] = Row(name, changes, runs, done, values, mean)
+    return rows
+
+
+# ---- tabulate: the cells of a row ----------------------------------------------------------------
+
+def table_line(row, rows):
+    """Return a row of the table in Markdown. rows: all of them, by name."""
+    listed = ', '.join(f'{key}={value}' for key, value in flags_among(row.changes).items())
+    cells = [marked(row.name, found['baseline']), listed, parameters_cell(row), loss_cell(row),
+             runs_cell(row), difference_cell(row, rows), speed_cell(row)]
+    return '| ' + ' | '.join(cell.replace('|', '/') for cell in cells) + ' |'
+
+
+def parameters_cell(row):
+    if not row.done or 'counted' in row.changes:
+        return ''
+    return f'{row.done[0]["parameters"]:,}'
+
+
+def loss_cell(row):
+    """Return the mean loss, with the standard deviation over the seeds."""
+    if not row.done:
+        return ''
+    mean = f'{row.estimate.mean:.4f}'
+    if 'counted' in row.changes:
+        return mean
+    if len(row.values) == 1:
+        return f'{mean} (one run)'
+    return f'{mean} ({statistics.stdev(row.values):.4f})'
+
+
+def runs_cell(row):
+    """Return how many runs are done, and what became of the others."""
+    parts = [f'{len(row.done)}']
+    for run in row.runs:
+        if run['status'] != 'done':
+            parts.append(f'seed {run["seed"]} {outcome(run)}')
+    return '; '.join(parts)
+
+
+def difference_cell(row, rows):
+    """Return the difference to the baseline, or to the variant of `against`, with its interval."""
+    other = row.changes.get('against', found['baseline'])
+    if not row.done or row.name == other or other not in rows or not rows[other].done:
+        return ''
+    difference = row.estimate.mean - rows[other].estimate.mean
+    half = half_interval(row.estimate, rows[other].estimate)
+    cell = f'{difference:+.4f}'
+    if half is not None:
+        cell += f' ({difference - half:+.4f} to {difference + half:+.4f})'
+    if other != found['baseline']:
+        cell += f' to {other}'
+    if half is not None and abs(difference) <= half:
+        cell += ': none seen'
+    return cell
+
+
+def speed_cell(row):
+    """Return the median over the runs of tokens per second."""
+    if not row.done or 'counted' in row.changes:
+        return ''
+    speeds = [run['tokens'] / max(run['seconds'], 1e-9) for run in row.done]
+    return f'{statistics.median(speeds):,.0f}'
+
+
+# ---- tabulate: the page and the picture ----------------------------------------------------------
+
+def choose_measure():
+    """Return the key in a run of the loss that the study compares, and its unit."""
+    if len({run['flags']['dataset'] for run in found['runs']}) > 1:
+        return 'bits_per_byte', 'bits per byte'
+    return 'val_loss', 'nats per token'
+
+
+def command_of_results():
+    """Return the command that the results are of."""
+    command = f'python ablate.py {found["study"]}'
+    if found['full']:
+        command += ' --full'
+    changed = [f'--{key}={value}' for key, value in found['setting'].items()
+               if str(SETTING.get(key)) != value]
+    if changed:
+        command += f' --flags="{" ".join(changed)}"'
+    return command
+
+
+def machines():
+    """Return the device, the precision and torch's version of the runs that were trained."""
+    kinds = {f'{run["device"]} in {run["dtype"]}, torch {run["torch"]}'
+             for run in found['runs'] if run.get('dtype')}
+    return '; '.join(sorted(kinds)) or 'nothing yet'
+
+
+def page(rows, unit):
+    """Return the study's page in Markdown."""
+    lines = '\n'.join(table_line(row, rows) for row in rows.values())
+    shared = ' '.join(f'--{key}={value}' for key, value in found['setting'].items())
+    return f'''# {found['study']}
+
+`{command_of_results()}`: each run is train.py with the flags of its row, and otherwise with these:
 
 ```
-{' '.join(f'--{knob}={value}' for knob, value in found['setting'].items())}
+{shared}
 ```
 
-Seeds 1, 2, ... of weights, windows and dropout, the same for every row; loss in {unit} on the whole validation split, mean
-(standard deviation); difference to the baseline with its 95 % interval (Welch's t), "none seen" where that holds 0. Run on
-{'; '.join(where) or 'nothing yet'}.
+The seeds 1, 2, ... of weights, windows and dropout are the same for every row. The loss is in
+{unit} on the whole validation split: mean (standard deviation). The difference is to the baseline,
+with its 95 % interval (Welch's t); "none seen" means that the interval contains 0. Run on
+{machines()}.
 
-| variant | has | parameters | loss | runs | difference | tokens/s |
+| variant | flags | parameters | loss | runs | difference | tokens/s |
 |---|---|---|---|---|---|---|
-{chr(10).join(lines)}
+{lines}
 
-![loss curves and last losses]({os.path.basename(path)}.png)
+![loss curves and last losses]({os.path.basename(stem)}.png)
 '''
-write(path + '.md', text)
-try:
-    plots.study(drawn, path + '.png', found['study'], unit)
-except ImportError:
-    say(f'no {path}.png: matplotlib is missing; type pip install -r requirements.txt, and then the same with --report')
-except OSError as error:
-    fail(f'{path}.png cannot be written ({error.strerror}); make room, or type --results=FOLDER for another place')
-runtime.write(text)
+
+
+def draw(rows, unit):
+    """Write the study's picture; say so where matplotlib is missing."""
+    drawn = []
+    for row in rows.values():
+        if row.done:
+            logs = [run['log'] for run in row.done if run['log']]
+            drawn.append(dict(name=row.name, mean=row.estimate.mean,
+                              half=half_interval(row.estimate), logs=logs))
+    try:
+        plots.study(drawn, f'{stem}.png', found['study'], unit)
+    except ImportError:
+        say(f'no {stem}.png: matplotlib is missing; type pip install -r requirements.txt, '
+            f'and then the same with --report')
+    except OSError as error:
+        fail(f'{stem}.png cannot be written ({error.strerror}); make room, '
+             f'or type --results=FOLDER for another place')
+
+
+# ---- the story -----------------------------------------------------------------------------------
+
+if study == 'list':
+    print_studies()
+    sys.exit()
+plan = make_plan()
+stem = os.path.join(results, f'{study}-full' if full else study)   # path without .json or .md
+file = f'{stem}.json'
+datasets = open_datasets()
+if report:
+    found = results_to_report()
+else:
+    found = results_to_continue()
+    elsewhere = trained_elsewhere()
+    held = take_folders()   # a lock, as long as this process lives
+    stop_on_signals()
+    run_all()
+measure, unit = choose_measure()
+rows = make_rows(measure)
+text = page(rows, unit)
+write_file(f'{stem}.md', text)
+draw(rows, unit)
+write(text)

@@ -1,103 +1,148 @@
 """
-How well a model predicts a split: every token of it once, in nats, bits per byte and bits per character.
+How well a model predicts a split: every token of it once, in nats, bits per byte and per character.
 
-    python evaluate.py                                        # the validation split of the run in out/
-    python evaluate.py --stride=16                            # each token with at least block_size - 16 before it
+    python evaluate.py                                     # the validation split of the run in out/
+    python evaluate.py --stride=16                         # more context for each token
     python evaluate.py --init_from=gpt2 --dataset=shakespeare --json=-
-    python evaluate.py --quantize=int8                        # and what int8 weights cost
-    torchrun --standalone --nproc_per_node=2 evaluate.py      # the same number, sooner
+    python evaluate.py --quantize=int8                     # and what int8 weights cost
+    torchrun --standalone --nproc_per_node=2 evaluate.py   # the same number, sooner
 
-Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table to stdout, or JSON there or into a file.
+Reads a checkpoint, or Hugging Face's weights, and data/<dataset>/; writes a table to stdout, or
+JSON there or into a file.
 """
 import math
 import os
 import signal
 import time
 
+import lib.threads  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 
-import checkpoint as checkpoints
-import decoding
-import runtime
-from configurator import check, configure, fail
-from data import evaluation_batches, first_with, open_first, token_sizes
-from runtime import say
+from lib import decoding, runtime
+from lib.checkpoint import Symbols, check_symbols, open_model
+from lib.configurator import check, configure
+from lib.console import fail, say, write
+from lib.data import evaluation_batches, first_with, open_first
+from lib.evaluation import mean_loss, perplexity
+from lib.tokenizers import token_sizes
 
-init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', 'gpt2-xl', another hub name, or a folder of Hugging Face's
+init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', a hub name, or a folder
 out_dir = 'out'          # folder of the run
 checkpoint = ''          # a checkpoint file, instead of the one in out_dir
 dataset = ''             # folder in data_dir; empty: the one the run was trained on
-data_dir = 'data'        # where datasets live; if not typed, the run's own data_dir is tried first
+data_dir = 'data'        # where datasets live; if not typed, the run's own is tried first
 split = 'val'            # 'val', 'train', or 'test' where there is one
-stride = None            # tokens from window to window; None: block_size, less gives each token more context and takes longer
+stride = None            # tokens from window to window; None: block_size; fewer take longer
 batch_size = 16          # windows at a time; changes the speed and not the result
-json = ''                # write the figures into this file, - for stdout instead of the table
+json = ''                # write the figures into this file; -: to stdout instead of the table
 backend = 'auto'         # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'          # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 here, where the figure is what counts
-quantize = ''            # 'int8': with a byte a weight, as sample.py --quantize=int8; nats_lost is what it costs
+dtype = 'auto'           # 'float32', 'bfloat16', 'float16'; 'auto' is float32 for an exact figure
+quantize = ''            # 'int8': the loss with a byte a weight, and in nats_lost what that costs
 compile = 'auto'         # torch.compile
 knobs, given = configure(globals(), runtime.find_device)
 signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C just ends it
-rank, ranks, device = runtime.join_ranks(backend, device)
 
-check(knobs, split=('train', 'val', 'test'), batch_size=1, quantize=('', 'int8'))
-runtime.check_json(json)
-opened = checkpoints.open_model(init_from, out_dir, checkpoint, data_dir, given)
-model = opened.model
-tokenizer = opened.tokenizer
-block_size = model.config.block_size
-if stride is not None and not (type(stride) is int and 1 <= stride <= block_size):
-    fail(f'stride={stride!r}: allowed are None and whole numbers from 1 to block_size={block_size}; '
-         f'type --stride={block_size // 2 or 1}')
-dataset = dataset or opened.dataset
-if not dataset:
-    fail(f'{opened.where} does not say which dataset it is of; type --dataset=NAME')
-there = [name for name in ('val', 'train', 'test')
-         if first_with(dataset, opened.data_dirs, name) is not None]
-if there and split not in there:
-    folder = os.path.join(first_with(dataset, opened.data_dirs, there[0]), dataset)
-    fail(f'{folder} has no {split}.bin; it has {", ".join(there)}; type --split={there[0]}')
-data = open_first(dataset, opened.data_dirs, split, tokenizer)
-if data.stand_in_banner():
-    say(data.stand_in_banner())
-checkpoints.check_symbols(data, opened.source, (tokenizer.state(), tokenizer.vocab_size, False))
-dtype, compile = runtime.set_up(device, 'float32' if dtype == 'auto' else dtype, compile)
-model.to(device).eval()
-say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, '
-    f'windows of {block_size}, stride {stride or block_size}')
+COUNTED_AT_ONCE = 1 << 24   # tokens of a file that are in memory at a time
 
 
-def evaluated():
-    """Mean nats a token, and the seconds it took."""
+def check_stride(block_size):
+    """Fail for a stride that would leave tokens out."""
+    if stride is None or type(stride) is int and 1 <= stride <= block_size:
+        return
+    fail(f'stride={stride!r}: allowed are None and whole numbers from 1 to '
+         f'block_size={block_size}; type --stride={block_size // 2 or 1}')
+
+
+def open_data(opened):
+    """Return the dataset to evaluate on; fail where it or its split cannot be found."""
+    name = dataset or opened.dataset
+    if not name:
+        fail(f'{opened.where} does not say which dataset it is of; type --dataset=NAME')
+    found = {}   # split: the data_dir that has it
+    for each in ('val', 'train', 'test'):
+        data_dir = first_with(name, opened.data_dirs, each)
+        if data_dir is not None:
+            found[each] = data_dir
+    if found and split not in found:
+        other = next(iter(found))
+        fail(f'{os.path.join(found[other], name)} has no {split}.bin; it has {", ".join(found)}; '
+             f'type --split={other}')
+    data = open_first(name, opened.data_dirs, split, opened.tokenizer)
+    if data.stand_in_banner():
+        say(data.stand_in_banner())
+    tokenizer = opened.tokenizer
+    check_symbols(data, opened.source, Symbols(tokenizer.state(), tokenizer.vocab_size))
+    return data
+
+
+def measure(model, data):
+    """Return (mean nats a token, seconds)."""
     started = time.perf_counter()
-    pairs = evaluation_batches(data, split, block_size, batch_size, None, rank, ranks, stride)
-    nats = runtime.mean_loss(torch.compile(model) if compile else model, pairs, device, dtype)
+    pairs = evaluation_batches(data, split, model.config.block_size, batch_size, None, rank, ranks,
+                               stride)
+    predict = torch.compile(model) if compile else model
+    nats = mean_loss(predict, pairs, device, dtype)
     return nats, time.perf_counter() - started
 
 
-(nats, seconds), lost = evaluated(), {}
-if quantize:
-    decoding.narrow(model, dtype, quantize)
-    exact, (nats, seconds) = nats, evaluated()
-    lost = dict(nats_lost=nats - exact)
+def count(data, tokenizer):
+    """Return how many tokens of the split are predicted, and their bytes and characters.
 
-totals = np.zeros(3, dtype=np.int64)   # tokens, and their bytes and characters
-sizes = np.stack((np.ones(tokenizer.vocab_size, dtype=np.int64), *token_sizes(tokenizer)))         # (3, V)
-for shard in data.split(split):   # the first token of each is given and not predicted
-    for first in range(1, len(shard), 1 << 24):
-        totals += sizes @ np.bincount(shard[first:first + (1 << 24)], minlength=tokenizer.vocab_size)
-tokens, text_bytes, chars = totals.tolist()
-bits = nats * tokens / math.log(2)
-figures = dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats, perplexity=runtime.perplexity(nats),
-               bits_per_byte=bits / max(text_bytes, 1), bits_per_char=bits / max(chars, 1),
-               tokens_per_s=tokens / seconds) | lost
-if rank == 0:
+    The first token of each file is given and not predicted."""
+    V = tokenizer.vocab_size
+    byte_counts, char_counts = token_sizes(tokenizer)
+    sizes = np.stack((np.ones(V, dtype=np.int64), byte_counts, char_counts))               # (3, V)
+    totals = np.zeros(3, dtype=np.int64)
+    for shard in data.split(split):
+        for first in range(1, len(shard), COUNTED_AT_ONCE):
+            piece = shard[first:first + COUNTED_AT_ONCE]
+            totals += sizes @ np.bincount(piece, minlength=V)
+    return totals.tolist()
+
+
+def show(figures):
+    """Write the figures as a table, or as JSON where --json says so."""
     runtime.write_json(json, figures)
-if rank == 0 and json != '-':
+    if json == '-':
+        return
     for key, value in figures.items():
         if key != 'split':
             value = f'{value:,.6f}' if isinstance(value, float) else f'{value:,}'
-        runtime.write(f'{key:15} {value}\n')
+        write(f'{key:15} {value}\n')
+
+
+# ---- the story -----------------------------------------------------------------------------------
+
+rank, ranks, device = runtime.join_ranks(backend, device)
+check(knobs, split=('train', 'val', 'test'), batch_size=1, quantize=('', 'int8'))
+runtime.check_json(json)
+opened = open_model(init_from, out_dir, checkpoint, data_dir, given)
+model = opened.model
+check_stride(model.config.block_size)
+data = open_data(opened)
+
+if dtype == 'auto':
+    dtype = 'float32'
+dtype, compile = runtime.set_up(device, dtype, compile)
+model.to(device).eval()
+say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, windows of '
+    f'{model.config.block_size}, stride {stride or model.config.block_size}')
+
+nats, seconds = measure(model, data)
+lost = {}
+if quantize:
+    exact = nats
+    decoding.narrow(model, dtype, quantize)
+    nats, seconds = measure(model, data)
+    lost = dict(nats_lost=nats - exact)
+
+tokens, text_bytes, chars = count(data, opened.tokenizer)
+bits = nats * tokens / math.log(2)
+if rank == 0:
+    show(dict(split=split, tokens=tokens, bytes=text_bytes, nats_per_token=nats,
+              perplexity=perplexity(nats), bits_per_byte=bits / max(text_bytes, 1),
+              bits_per_char=bits / max(chars, 1), tokens_per_s=tokens / seconds, **lost))
 runtime.leave(0)

@@ -1,12 +1,15 @@
 """
-enwik8, the first 100,000,000 bytes of the English Wikipedia, to token files: 90, 5 and 5 million bytes.
+enwik8, the first 100,000,000 bytes of the English Wikipedia, to token files.
 
     python prepare_enwik8.py                      # bytes -> data/enwik8/
     python prepare_enwik8.py --tokenizer=gpt2     # GPT-2's BPE -> data/enwik8_gpt2/
     python prepare_enwik8.py --input=enwik8.zip   # a local copy: the zip, a .gz, or the text itself
-    python prepare_enwik8.py --input=head.gz --partial   # the beginning of it, split 90/5/5 %
+    python prepare_enwik8.py --input=head.gz --partial   # the beginning of enwik8
 
-Reads the network or FILE; writes train.bin, val.bin, test.bin and meta.json, and what it downloads as data/enwik8/enwik8.zip.
+The splits for training, validation and test have 90, 5 and 5 % of the bytes.
+
+Reads the network or FILE. Writes train.bin, val.bin, test.bin and meta.json, and the download as
+data/enwik8/enwik8.zip.
 """
 import gzip
 import hashlib
@@ -15,74 +18,101 @@ import zlib
 
 import numpy as np
 
-from configurator import check, configure, exit_on_signals, fail
-from data import download, encode_all, make_tokenizer, pieces, unzip, write_prepared
+from lib.configurator import check, configure, exit_on_signals
+from lib.console import fail
+from lib.prepare import download, encode_all, pieces, unzip, write_prepared
+from lib.tokenizers import make_tokenizer
 
 tokenizer = 'byte'   # 'byte' or 'gpt2'
 input = ''           # a local copy, instead of the download: .zip, .gz or the text itself
 partial = False      # take a file that is shorter than enwik8, and mark the dataset as partial
 data_dir = 'data'    # the dataset becomes a folder in here
-url = 'https://mattmahoney.net/dc/enwik8.zip'   # where it is downloaded from
+url = 'https://mattmahoney.net/dc/enwik8.zip'   # address of the download
 configure(globals(), first='input', configs=False)
 
-ZIP_SIZE, ZIP_SHA256 = 36_445_475, '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
-SIZE, SHA256 = 100_000_000, '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
+ZIP_SIZE = 36_445_475   # bytes
+ZIP_SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
+SIZE = 100_000_000      # bytes
+SHA256 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'
+NAMES = {'byte': 'enwik8', 'gpt2': 'enwik8_gpt2'}
+ANOTHER_TEXT = 'for another text type python prepare_text.py --input=FILE --name=NAME'
 
-names = {'byte': 'enwik8', 'gpt2': 'enwik8_gpt2'}
-check(dict(tokenizer=tokenizer), tokenizer=tuple(names))
-folder = os.path.join(data_dir, names[tokenizer])
-exit_on_signals()   # and what is half-written is removed; a download goes on where it stopped
-path = input or os.path.join(data_dir, 'enwik8', 'enwik8.zip')
-vocabulary = make_tokenizer(tokenizer)   # first, since it may want a download of its own
 
-try:
+def read_bytes():
+    """Return the bytes of the input or of the download, at most SIZE and one.
+
+    Raises OSError, EOFError or zlib.error for a file that cannot be read."""
     if not input and not (os.path.exists(path) and os.path.getsize(path) == ZIP_SIZE):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         download(url, path, ZIP_SIZE, ZIP_SHA256)
     with open(path, 'rb') as f:
-        zipped = f.read(2) == b'PK'
-    if zipped:
-        raw = unzip(path, 'enwik8', SIZE)
-    else:
-        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as f:
-            raw = f.read(SIZE + 1)   # never more than that, whatever a .gz unpacks to
-except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-    fail(f'{error if path in str(error) else f"{path}: {error}"}; type python prepare_enwik8.py --tokenizer={tokenizer} '
-         f'--input=FILE for a local copy of enwik8.zip, enwik8.gz or enwik8, whole; a part of it (--partial) is a .gz or the '
-         f'text itself')
+        is_zip = f.read(2) == b'PK'
+    if is_zip:
+        return unzip(path, 'enwik8', SIZE)
+    opener = gzip.open if path.endswith('.gz') else open
+    with opener(path, 'rb') as f:
+        return f.read(SIZE + 1)   # the bound is for a .gz, which may unpack to any size
 
-digest = hashlib.sha256(raw).hexdigest()
-if len(raw) >= SIZE and digest != SHA256:
-    fail(f'{path} is not enwik8: {len(raw):,} bytes or more with another SHA-256; for another text type '
-         f'python prepare_text.py --input=FILE --name=NAME')
-if not raw.startswith(b'<mediawiki xmlns='):
-    fail(f'{path} does not begin as enwik8 does; for another text type python prepare_text.py --input=FILE --name=NAME')
-if len(raw) < SIZE and not partial:
-    fail(f'{path} has {len(raw):,} bytes and enwik8 {SIZE:,}; type --partial to take it as a part of enwik8')
-if len(raw) < 1000:
-    fail(f'{path} has {len(raw):,} bytes, too few to split in three; type --input=FILE for a longer part')
-partial = len(raw) < SIZE
-source = dict(name='enwik8' + f', {len(raw):,} bytes of it' * partial, url=None if input else url, sha256=digest,
-              stand_in=False, partial=partial)
+
+def check_bytes():
+    """Fail for bytes that are not enwik8 or, with --partial, its beginning."""
+    if len(raw) >= SIZE and digest != SHA256:
+        fail(f'{path} is not enwik8: {len(raw):,} bytes or more with another SHA-256; '
+             f'{ANOTHER_TEXT}')
+    if not raw.startswith(b'<mediawiki xmlns='):
+        fail(f'{path} does not begin as enwik8 does; {ANOTHER_TEXT}')
+    if is_part and not partial:
+        fail(f'{path} has {len(raw):,} bytes and enwik8 {SIZE:,}; '
+             f'type --partial to take it as a part of enwik8')
+    if len(raw) < 1000:
+        fail(f'{path} has {len(raw):,} bytes, too few to split in three; '
+             f'type --input=FILE for a longer part')
 
 
 def boundary(share):
-    """Where a split ends: for BPE not inside of a character."""
+    """Return the byte at which a split ends. With BPE a split does not end inside a character."""
     cut = int(share * len(raw))
-    while tokenizer == 'gpt2' and cut < len(raw) and raw[cut] & 0xC0 == 0x80:
-        cut += 1
+    if tokenizer == 'gpt2':
+        while cut < len(raw) and raw[cut] & 0xC0 == 0x80:   # a character's byte after its first
+            cut += 1
     return cut
 
 
 def encoded(part):
-    """The (ids, source bytes) of a split."""
+    """Return the (ids, source bytes) of a split, in one or several chunks."""
     if tokenizer == 'byte':
         return [(np.frombuffer(part, dtype=np.uint8), len(part))]
-    text = part.decode('utf-8', 'replace')   # the end of a partial file may be half a character
+    text = part.decode('utf-8', 'replace')   # a partial file may end inside a character
     return encode_all(vocabulary, pieces([text]))
 
 
-cuts = [0, boundary(0.9), boundary(0.95), len(raw)]
-parts = {split: raw[start:end] for split, start, end in zip(('train', 'val', 'test'), cuts, cuts[1:])}
-write_prepared(folder, {split: encoded(part) for split, part in parts.items()}, vocabulary, source,
-               more=' (PARTIAL)' * partial)
+check(dict(tokenizer=tokenizer), tokenizer=tuple(NAMES))
+folder = os.path.join(data_dir, NAMES[tokenizer])
+exit_on_signals()   # a signal removes what is half-written, but a download can be resumed
+path = input or os.path.join(data_dir, 'enwik8', 'enwik8.zip')
+vocabulary = make_tokenizer(tokenizer)   # before enwik8 is read: it may have to be fetched
+try:
+    raw = read_bytes()
+except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
+    reason = str(error)
+    if path not in reason:
+        reason = f'{path}: {reason}'
+    fail(f'{reason}; type python prepare_enwik8.py --tokenizer={tokenizer} --input=FILE '
+         f'for a local copy of enwik8.zip, enwik8.gz or enwik8, whole; '
+         f'a part of it (--partial) is a .gz or the text itself')
+digest = hashlib.sha256(raw).hexdigest()
+is_part = len(raw) < SIZE
+check_bytes()
+
+source = dict(name='enwik8', url=None if input else url, sha256=digest, stand_in=False,
+              partial=is_part)
+remark = ''
+if is_part:
+    source['name'] = f'enwik8, {len(raw):,} bytes of it'
+    remark = ' (PARTIAL)'
+test_at = boundary(0.95)
+val_at = boundary(0.9)
+splits = {'train': encoded(raw[:val_at]),
+          'val': encoded(raw[val_at:test_at]),
+          'test': encoded(raw[test_at:])}
+write_prepared(folder, splits, vocabulary, source, more=remark)

@@ -40,10 +40,12 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-import data
-from configurator import configure, exit_on_signals
-from console import fail, tell
-from data import encode_all, find_dataset, make_tokenizer, pieces, write_prepared
+from lib import prepare, tokenizers
+from lib.configurator import configure, exit_on_signals
+from lib.console import fail, tell
+from lib.data import find_dataset
+from lib.prepare import encode_all, pieces, write_prepared
+from lib.tokenizers import make_tokenizer
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
 name = ''            # name of the dataset, a folder in data_dir
@@ -317,13 +319,13 @@ def read_plain(path, reading):
             stop(f'{path} is not UTF-8 (near byte {before + error.start:,}); convert it first, '
                  f'if it is Latin-1: iconv -f latin1 -t utf-8 {typed(path)} > FILE')
         before += len(block)
-        *whole, held = held.split(data.END_OF_TEXT)
+        *whole, held = held.split(tokenizers.END_OF_TEXT)
         for text in whole:
             yield path, text
             yield path, None
         sure = len(held)
         if block:
-            sure -= len(data.END_OF_TEXT)   # the last characters may be the beginning of a mark
+            sure -= len(tokenizers.END_OF_TEXT)   # the rest may be the beginning of a mark
         if sure > 0:
             yield path, held[:sure]
             held = held[sure:]
@@ -462,7 +464,7 @@ def given_vocabulary():
 
 def checkpoint_vocabulary(path):
     """Return the tokenizer that a checkpoint holds; fail for a file without one."""
-    import checkpoint  # here: only this kind of vocabulary needs the modules of training
+    from lib import checkpoint  # here: only this kind of vocabulary needs the modules of training
     another = f'type --tokenizer={FROM}out/best.pt, or --tokenizer=char for a new vocabulary'
     if not os.path.isfile(path):
         fail(f'--tokenizer={FROM}{path}: there is no such file; {another}')
@@ -473,7 +475,7 @@ def checkpoint_vocabulary(path):
     if 'tokenizer' not in loaded:
         fail(f'{path} holds no tokenizer, as nanoGPT keeps it elsewhere; {another}')
     try:
-        return data.load_tokenizer(loaded['tokenizer'])
+        return tokenizers.load_tokenizer(loaded['tokenizer'])
     except ValueError as error:
         fail(f'{path}: {error}; {another}')
 
@@ -481,7 +483,7 @@ def checkpoint_vocabulary(path):
 def find_separator():
     """Return what stands between two documents of the token files."""
     if vocabulary.end is not None:
-        return data.END_OF_TEXT
+        return tokenizers.END_OF_TEXT
     if not alphabet or '\n' in alphabet or len(found.sizes) == 1:
         return '\n'
     if not drop_unknown:
@@ -537,7 +539,7 @@ def survey():
 
 def choose():
     """Return which documents are for validation; say where one of several is cut."""
-    chosen = data.split_documents(found.sizes, val_fraction)
+    chosen = prepare.split_documents(found.sizes, val_fraction)
     if chosen.cut is not None and len(found.sizes) > 1:
         size = found.sizes[chosen.cut]
         whole = 100 * chosen.whole / sum(found.sizes)
@@ -622,7 +624,7 @@ folder = check_knobs()
 exit_on_signals()   # a signal removes what is half-written
 vocabulary = given_vocabulary()   # before the text is read: it may have to be fetched
 alphabet = set()   # the characters that the text may have; empty for all
-if isinstance(vocabulary, data.CharTokenizer):
+if isinstance(vocabulary, tokenizers.CharTokenizer):
     alphabet = set(vocabulary.chars)
 paths = find_files(folder)
 if input == '-':

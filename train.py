@@ -1,10 +1,10 @@
 """
 Train a GPT: one straight story from knobs to a finished model.
 
-    python train.py config/train_shakespeare_char.py                  # the main job
-    python train.py config/train_shakespeare_char.py --n_layer=8      # any knob can be overridden
-    python train.py --init_from=resume                                # go on with the run in out_dir
-    torchrun --standalone --nproc_per_node=8 train.py config/...      # one process a GPU (or a core)
+    python train.py config/train_shakespeare_char.py                # the main job
+    python train.py config/train_shakespeare_char.py --n_layer=8    # any knob can be overridden
+    python train.py --init_from=resume                              # go on with the run in out_dir
+    torchrun --standalone --nproc_per_node=8 train.py config/...    # one process a GPU (or a core)
 
 Reads data/<dataset>/; writes last.pt, best.pt, log.csv, loss.png and config.json into out_dir.
 """
@@ -13,40 +13,40 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+
+import lib.threads  # noqa: F401  # before torch
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import decoding
-import fast
-import plots
-import runtime
-from configurator import check, configure, fail
-from data import Dataset, TrainingWindows, evaluation_batches, prepare_missing
+from lib import checkpoint, fast, plots, runtime
+from lib.configurator import check, configure
+from lib.console import fail, say
+from lib.data import Dataset, TrainingWindows, evaluation_batches
+from lib.evaluation import mean_loss, perplexity
+from lib.optimizers import Optimizers, Schedule, TrainingStep
+from lib.prepare import prepare_missing
 from model import GPT
-from runtime import perplexity, say
 
-# ---- knobs ---------------------------------------------------------------------------------------------------------
+# ---- knobs ---------------------------------------------------------------------------------------
 # the run
 out_dir = 'out'              # folder of checkpoints and logs
-init_from = 'scratch'        # 'scratch', 'resume' (out_dir/last.pt), or 'gpt2', another hub name or folder of Hugging Face's
+init_from = 'scratch'        # 'scratch', 'resume' (out_dir/last.pt), 'gpt2', a hub name or a folder
 eval_interval = 2000         # optimizer steps between evaluations, each followed by a save
-eval_iters = 200             # batches each evaluation looks at, always the same; the last evaluation takes the whole split
+eval_iters = 200             # batches of an evaluation; the last evaluation takes the whole split
 eval_only = False            # evaluate the whole validation split and stop
-always_save_checkpoint = True  # False: an evaluation writes last.pt only if the loss improved (the end always writes)
-checkpoint_interval = 0      # also write last.pt every so many optimizer steps, 0 for never
-checkpoint_minutes = 0.0     # also write last.pt every so many minutes, 0 for never
+always_save_checkpoint = True  # False: evaluations write last.pt only if the loss improved
+checkpoint_interval = 0      # optimizer steps between further saves of last.pt; 0: none
+checkpoint_minutes = 0.0     # minutes between further saves of last.pt; 0: none
 log_interval = 1             # optimizer steps between log lines
-sample_interval = 0          # optimizer steps between samples printed, 0 for none
-seed = 1337                  # of weights, windows and dropout
+sample_interval = 0          # optimizer steps between printed samples; 0: none
+seed = 1337                  # decides weights, windows and dropout
 deterministic = False        # bit-identical repeats on a GPU too, at some cost in speed
 wandb_log = False            # log to Weights & Biases
-wandb_project = 'gpt'        # its project
-wandb_run_name = 'gpt2'      # its run
+wandb_project = 'gpt'        # project at Weights & Biases
+wandb_run_name = 'gpt2'      # name of the run at Weights & Biases
 tensorboard_log = False      # log to out_dir/tensorboard
 # data
 dataset = 'openwebtext'      # folder in data_dir
@@ -78,353 +78,430 @@ optimizer = 'adamw'          # 'adamw', or 'muon' for the blocks' matrices and A
 learning_rate = 6e-4         # AdamW's peak
 muon_learning_rate = 0.02    # Muon's peak; both follow the same schedule
 max_iters = 600000           # optimizer steps
-max_minutes = 0.0            # minutes of training after which the run ends, with its schedule decayed to the end; 0: no limit
-target_loss = 0.0            # end when the whole validation split is below it (nats per token) at an evaluation; 0: do not
+max_minutes = 0.0            # minutes of training after which the run ends, decayed; 0: no limit
+target_loss = 0.0            # validation loss (nats per token) that ends the run; 0: none
 weight_decay = 1e-1          # decoupled, on matrices only
-beta1 = 0.9                  # AdamW's
-beta2 = 0.95                 # AdamW's
-grad_clip = 1.0              # largest gradient norm, 0 for no clipping
+beta1 = 0.9                  # AdamW's first
+beta2 = 0.95                 # AdamW's second
+grad_clip = 1.0              # largest gradient norm; 0: no clipping
 decay_lr = True              # warm up and decay, else a constant rate
 warmup_iters = 2000          # steps of linear warm-up
 lr_decay_iters = None        # step at which the rate reaches min_lr; None: max_iters
-cooldown = 0.0               # share of the steps, the last ones, in which the rate falls linearly; 0: cosine after warm-up
+cooldown = 0.0               # share of the steps with a linear fall at the end; 0: cosine
 min_lr = 6e-5                # AdamW's rate at the end; Muon's ends at the same share of its peak
 # machine
-shard = False                # under torchrun: split parameters, gradients and optimizer over the ranks (FSDP2)
+shard = False                # under torchrun: split parameters and optimizer over ranks (FSDP2)
 backend = 'auto'             # torchrun's: 'nccl' on GPUs, 'gloo' elsewhere
 device = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'               # 'float32', 'bfloat16' or 'float16' for matrix products
 compile = 'auto'             # torch.compile: True, False
-cuda_graph = False           # on one GPU: record the step once and replay it, for nets that run faster than they are launched
+cuda_graph = False           # on one GPU: record the step once and replay it; helps small nets
 knobs, given = configure(globals(), runtime.find_device)
 begun = time.perf_counter()
-signal.signal(signal.SIGINT, signal.SIG_DFL)   # until all ranks have met, Ctrl-C ends this one at once
+signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends a rank that waits for the others
 rank, ranks, device = runtime.join_ranks(backend, device)
 signals = runtime.Signals()   # from here on a signal finishes the step and saves
 
-# ---- resume and checks: everything a user may have mistyped, before anything is written ----------------------------
-resumed, pretrained, path, its_symbols = checkpoint.starting_point(knobs, given)
-globals().update({**knobs, 'device': device})   # of the run that goes on, or of the model that is trained further
-check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0, checkpoint_interval=0, checkpoint_minutes=0,
-      seed=0, gradient_accumulation_steps=1, batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, max_minutes=0,
-      weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0, cooldown=(0, 1),
-      lr_decay_iters=0, optimizer=('adamw', 'muon'))
+# ---- checks: everything a user may have mistyped, before anything is written ---------------------
+start = checkpoint.starting_point(knobs, given)
+globals().update({**knobs, 'device': device})   # a resumed run's or a pretrained model's settings
+check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0,
+      checkpoint_interval=0, checkpoint_minutes=0, seed=0, gradient_accumulation_steps=1,
+      batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, max_minutes=0,
+      weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0,
+      cooldown=(0, 1), lr_decay_iters=0, optimizer=('adamw', 'muon'))
 if not (beta1 < 1 and beta2 < 1):
     fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
 if cooldown and not decay_lr:
-    fail(f'cooldown={cooldown} lets the rate fall and decay_lr=False keeps it; type --cooldown=0, or --decay_lr=True')
+    fail(f'cooldown={cooldown} needs decay_lr=True; type --cooldown=0, or --decay_lr=True')
 if shard and optimizer == 'muon':
-    fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; type --optimizer=adamw')
+    fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; '
+         'type --optimizer=adamw')
 config = checkpoint.shape(knobs)
 runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
 if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
-    fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} ranks; it counts the '
-         f'micro-steps of all ranks together; type --gradient_accumulation_steps={nearest}')
+    fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} '
+         f'ranks; it counts the micro-steps of all ranks together; '
+         f'type --gradient_accumulation_steps={nearest}')
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 prepare_missing(dataset, data_dir, prepare)
-if caught := runtime.agree([signals.caught])[0]:   # which also waits for the rank that prepares
+caught = runtime.agree([signals.caught])[0]   # waits for the rank that prepares
+if caught:
     sys.exit(128 + caught)
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-checkpoint.check_symbols(data, path, its_symbols)
+checkpoint.check_symbols(data, start.path, start.symbols)
 windows = TrainingWindows(data, 'train', block_size, seed)
-next(evaluation_batches(data, 'val', block_size, 1))   # fails now where there is nothing to evaluate on
+next(evaluation_batches(data, 'val', block_size, 1))   # fails now if there is nothing to evaluate
 
 dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 if not eval_only:
     checkpoint.open_folder(out_dir, rank)
 
-# ---- model and optimizers ------------------------------------------------------------------------------------------
+# ---- model and optimizers ------------------------------------------------------------------------
 torch.manual_seed(seed)
-if resumed:
-    model = checkpoint.build_model(resumed, path, **{key: knobs[key] for key in checkpoint.TRAINING})
-    if resumed['iter_num'] > max_iters:
-        say(f'note: {path} is at iter {resumed["iter_num"]}, past max_iters={max_iters}: there is nothing left to train')
-    elif 0 < 60 * max_minutes <= resumed['seconds'] and resumed['iter_num'] < max_iters and not eval_only:
-        minutes = resumed['seconds'] / 60
-        say(f'note: {path} has had {minutes:.1f} minutes of training, and max_minutes={max_minutes:g}: there is nothing left '
-            f'to train; type --max_minutes={math.ceil(minutes + 5)} for some more, or --max_minutes=0 for no limit')
-elif not (model := pretrained):
-    V = data.vocab_size   # of a large one a multiple of 64: the head's products are up to 1.25 times as fast
-    model = GPT(replace(config, vocab_size=V if V < 4096 else -(-V // 64) * 64))
+if start.resumed:
+    settings = {key: knobs[key] for key in checkpoint.TRAINING}
+    model = checkpoint.build_model(start.resumed, start.path, **settings)
+elif start.pretrained:
+    model = start.pretrained
+else:
+    V = data.vocab_size
+    if V >= 4096:   # with a multiple of 64 the head's products are up to 1.25 times as fast
+        V = -(-V // 64) * 64
+    model = GPT(replace(config, vocab_size=V))
 model.drawable = data.vocab_size
-parameters, flops_per_token = model.num_params(), model.flops_per_token()
+parameters = model.num_params()
+flops_per_token = model.flops_per_token()
 model.to(device)
-if shard := shard and ranks > 1:
+sharded = shard and ranks > 1
+if sharded:
     runtime.shard(model, ranks, device)
+if device == 'cpu':
+    fast.use_on_processor(model)
 
-fast.speed_up(model)
-optimizers, parts = fast.make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
+floor = min_lr / learning_rate if learning_rate else 1.0
+schedule = Schedule(max_iters, max_minutes, decay_lr, warmup_iters, lr_decay_iters, cooldown, floor)
+peaks = (learning_rate, muon_learning_rate)
+optimizers = Optimizers(model, optimizer, peaks, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float16')
 
-micro_steps = gradient_accumulation_steps // ranks   # of this rank
+loss_of = fast.TrainingLoss(model, lean=not sharded)   # what training minimizes
+predict = model                                        # what evaluations call
+if compile:
+    loss_of = torch.compile(loss_of)
+    predict = torch.compile(model)
+if ranks > 1 and not sharded:
+    gpus = [device] if device.startswith('cuda') else None
+    loss_of = DistributedDataParallel(loss_of, device_ids=gpus)
+training_step = TrainingStep(model, loss_of, optimizers, scaler, grad_clip, device, dtype)
+can_record = device.startswith('cuda') and ranks == 1 and not scaler.is_enabled()
+if cuda_graph and can_record and not grad_checkpointing:
+    training_step = fast.Graphed(training_step, optimizers)
+elif cuda_graph:
+    say('note: cuda_graph is for one GPU, without fp16 and grad_checkpointing: '
+        'steps are launched as ever')
+
+micro_steps = gradient_accumulation_steps // ranks     # this rank's share
 sequences = batch_size * gradient_accumulation_steps   # in one optimizer step, over all ranks
 tokens_per_step = sequences * block_size
-step, best_val_loss, seconds, skipped = 0, math.inf, 0.0, 0   # updates, lowest validation loss, training time, fp16's skips
-elapsed = 0.0   # the training time that all ranks agree on
-unseen = []   # step, loss and gradient norm of the steps since the last look
-if resumed:
-    step, seconds, skipped = (resumed[key] for key in ('iter_num', 'seconds', 'skipped'))
-    best_val_loss = checkpoint.best_loss(out_dir, float(resumed['best_val_loss']))
-    runtime.load_optimizers(optimizers, scaler, resumed, path)
-    resumed = None   # its tensors would sit in memory twice
-    say(f'resumed from {path} at iter {step}')
-
-compiled = torch.compile(model) if compile else model   # the same parameters; evaluation uses it without DDP
-gpus = [device] if device.startswith('cuda') else None
-trained = DistributedDataParallel(compiled, device_ids=gpus) if ranks > 1 and not shard else compiled
 
 
-def load(first):
-    """batch_size windows, from number `first` on, on the device: x, y (B, T)."""
-    x, y = windows.batch(first, batch_size)
-    if device.startswith('cuda'):
-        x, y = x.pin_memory(), y.pin_memory()   # so that the copy overlaps with the step before
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+# ---- where the run is ----------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """What changes from step to step, apart from the model and its optimizers."""
+    step: int = 0                   # optimizer steps made
+    seconds: float = 0.0            # training time of this rank, without evaluations and saves
+    elapsed: float = 0.0            # the slowest rank's seconds, on which all ranks agree
+    skipped: int = 0                # steps without an update, because fp16 overflowed
+    best_val_loss: float = math.inf
+    val_loss: float = None          # loss of this step's evaluation; None without one
+    unseen: list = field(default_factory=list)   # (step, loss, gradient norm), not yet looked at
+    saved: bool = True              # whether the last save worked
+    saved_at: float = 0.0           # time of the last save
+    drawn_at: float = 0.0           # time at which loss.png was drawn
+    logged_step: int = 0            # the first step after the last log line
+    logged_seconds: float = 0.0     # `seconds` at that log line
+    behind: bool = False            # whether the schedule follows max_minutes, no longer the steps
 
 
-def micro_step(x, y, sync=True):
-    """Add the gradient of one batch to what the parameters hold; returns its loss."""
-    if shard:
-        model.set_requires_gradient_sync(sync)
-    elif ranks > 1:
-        trained.require_backward_grad_sync = sync
-    with runtime.autocast(device, dtype):
-        _, loss = trained(x, y)
-    with torch.autocast(device.partition(':')[0], enabled=False):
-        scaler.scale(loss / micro_steps).backward()
-    return loss.detach()
+now = Progress(saved_at=time.monotonic(), drawn_at=time.monotonic())
+last_path = os.path.join(out_dir, 'last.pt')
+resume_flag = '--init_from=resume' + checkpoint.flag(out_dir)
+if start.resumed:
+    now.step = now.logged_step = start.resumed['iter_num']
+    now.seconds = now.logged_seconds = start.resumed['seconds']
+    now.skipped = start.resumed['skipped']
+    now.best_val_loss = checkpoint.best_loss(out_dir, float(start.resumed['best_val_loss']))
+    optimizers.load(start.resumed, scaler, start.path)
+    start.resumed = None   # frees the memory of a second copy of the tensors
+    say(f'resumed from {start.path} at iter {now.step}')
 
 
-def update(batches):
-    """One optimizer step from this rank's micro-batches [(x, y)] -> the sum of their losses, and the gradient's norm. Nothing
-    in here waits for a GPU, but for fp16's scale."""
-    loss = 0.0
-    with runtime.autocast(device, dtype):   # around all micro-steps: the weights are cast once for them
-        for i, (x, y) in enumerate(batches):
-            loss = loss + micro_step(x, y, sync=i == len(batches) - 1)
-    for p, rows, part in parts:
-        part.grad = p.grad[rows]   # a view, so that unscaling and clipping reach both
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if shard:
-        grad_norm = grad_norm.full_tensor()
-    if not scaler.is_enabled() or torch.isfinite(grad_norm):   # else fp16 overflowed: no update, and the scale goes down
-        for opt in optimizers:
-            opt.step()
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    return loss, grad_norm
+def out_of_memory_explained():
+    """Return a context that turns running out of memory into advice on the batch's size."""
+    return runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size,
+                                           device)
 
 
-def schedule_step(step, elapsed):
-    """Return the step at which the schedule is: `step`, or a later one where time is shorter than steps.
-
-    The share of the run that is done is step / max_iters or elapsed / max_minutes, the larger of the two. Time counts
-    only once it leads by a hundredth of what is left. A stall of up to a hundredth of max_minutes therefore changes
-    nothing."""
-    if not max_minutes:
-        return step
-    steps_done = step / max(1, max_iters)
-    time_done = min(1.0, elapsed / (60 * max_minutes))
-    if time_done <= steps_done + 0.01 * (1 - time_done):
-        return step
-    return time_done * max_iters
-
-
-def schedule(step):
-    """Return the share of the peak rate at a step, which schedule_step may make fractional.
-
-    It is a linear warm-up, then a cosine decay, or with cooldown a constant and a linear fall; then min_lr."""
-    if not decay_lr:
-        return 1.0
-    floor = min_lr / learning_rate if learning_rate else 1.0
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    end = max_iters if lr_decay_iters is None else lr_decay_iters
-    if step >= end:
-        return floor
-    if cooldown:   # warm-up, stable, decay (arXiv 2405.18392)
-        return min(1.0, floor + (1 - floor) * (end - step) / (end * cooldown))
-    done = (step - warmup_iters) / (end - warmup_iters)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
+# ---- evaluate and save ---------------------------------------------------------------------------
 
 def evaluate(batches):
-    """Validation loss in nats per token over a fixed sample of batches, or over the whole split for None."""
+    """Return the validation loss in nats per token, over `batches` batches or (None) the split."""
     pairs = evaluation_batches(data, 'val', block_size, batch_size, batches, rank, ranks)
-    return runtime.mean_loss(compiled, pairs, device, dtype)
-
-
-def save(name):
-    """Write a checkpoint into out_dir, from rank 0; returns whether that worked. A full disk costs this save, not the run."""
-    look()
-    weights, states = runtime.whole(model.state_dict()), runtime.whole([opt.state_dict() for opt in optimizers])
-    cuda_states = torch.cuda.get_rng_state_all() if device.startswith('cuda') else []
-    return rank != 0 or checkpoint.keep(os.path.join(out_dir, name), dict(
-        format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(), optimizer=states,
-        scaler=scaler.state_dict(), iter_num=step, best_val_loss=best_val_loss, val_loss=val_loss,
-        seconds=max(seconds, elapsed), skipped=skipped, config=knobs,
-        rng=dict(torch=torch.get_rng_state(), cuda=cuda_states)))
+    with out_of_memory_explained():
+        return mean_loss(predict, pairs, device, dtype)
 
 
 def look():
-    """Check the numbers of the steps since the last look: before a log line and before a save, so that in between a GPU
-    need not wait. Where they are no longer finite the run ends, and checkpoints stay as they are."""
-    for number, loss, grad_norm in unseen:
-        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
-            stop_not_finite(number, f'loss {float(loss) / micro_steps}, gradient norm {float(grad_norm)}')
-    unseen.clear()
+    """Check the numbers of the steps since the last look, before a log line and before a save.
+
+    In between a GPU need not wait. Where they are not finite the run ends, and checkpoints stay."""
+    for step, loss, grad_norm in now.unseen:
+        # fp16's overflows skip the update and lower the loss scale
+        norm_is_fine = math.isfinite(grad_norm) or scaler.is_enabled()
+        if not math.isfinite(loss) or not norm_is_fine:
+            fail_not_finite(step, f'loss {float(loss) / micro_steps}, '
+                                  f'gradient norm {float(grad_norm)}')
+    now.unseen.clear()
 
 
-def stop_not_finite(step, what):
-    rate = schedule(schedule_step(step, elapsed)) * learning_rate
-    fail(f'iter {step}: {what}, learning rate {rate:.3g}, loss scale {scaler.get_scale():g}: no '
-         f'longer finite; no checkpoint was overwritten; type a lower --learning_rate (and --muon_learning_rate), more '
-         f'--warmup_iters, or --dtype=float32')
+def fail_not_finite(step, what):
+    rate = schedule.share(schedule.position(step, now.elapsed)) * learning_rate
+    fail(f'iter {step}: {what}, learning rate {rate:.3g}, loss scale {scaler.get_scale():g}: '
+         f'no longer finite; no checkpoint was overwritten; type a lower --learning_rate '
+         f'(and --muon_learning_rate), more --warmup_iters, or --dtype=float32')
 
 
-# ---- before the first step: what is about to happen ----------------------------------------------------------------
-say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training tokens, '
-    f'{tokens_per_step / max(len(windows) * block_size, 1):.3g} epochs a step')
-say(f'tokens per step = {batch_size} batch x {block_size} block x {gradient_accumulation_steps} accumulation '
-    f'({micro_steps} each on {ranks} ranks) = {tokens_per_step:,}')
-if init_from == 'scratch':
-    say(f'expect a loss near ln({model.config.vocab_size}) = {math.log(model.config.vocab_size):.4f} at the start')
+def save(name):
+    """Write a checkpoint into out_dir, from rank 0; return whether that worked.
 
-log, last_path = checkpoint.RunLog(out_dir), os.path.join(out_dir, 'last.pt')
-if rank == 0 and not eval_only:
-    facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
-    log.begin(step if init_from == 'resume' else None, knobs, facts)
-    runtime.started_before(mark=True)
+    A full disk costs this save, not the run."""
+    look()
+    weights = runtime.whole(model.state_dict())
+    states = runtime.whole(optimizers.state())
+    if rank != 0:
+        return True
+    return checkpoint.keep(os.path.join(out_dir, name), dict(
+        format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
+        optimizer=states, scaler=scaler.state_dict(), iter_num=now.step,
+        best_val_loss=now.best_val_loss, val_loss=now.val_loss,
+        seconds=max(now.seconds, now.elapsed), skipped=now.skipped, config=knobs))
+
+
+def save_last():
+    now.saved = save('last.pt')
+    now.saved_at = time.monotonic()
+
+
+def evaluate_and_save(last):
+    """Evaluate, say the loss, save; return whether the run ends here, by `last` or target_loss.
+
+    The best loss is always judged on the same eval_iters batches. The last evaluation takes the
+    whole validation split."""
+    started = time.perf_counter()
+    look()   # waits for a GPU's last steps, which are training time
+    now.seconds += time.perf_counter() - started
+
+    sample_loss = now.val_loss = evaluate(eval_iters)
+    whole = last or sample_loss < target_loss
+    if whole:
+        now.val_loss = evaluate(None)
+    if not math.isfinite(now.val_loss):
+        fail_not_finite(now.step, f'validation loss {now.val_loss}')
+    reached = whole and now.val_loss < target_loss
+    improved = sample_loss < now.best_val_loss
+    now.best_val_loss = min(now.best_val_loss, sample_loss)
+
+    where = ' on the whole split' if whole else ''
+    say(f'iter {now.step}: val loss {now.val_loss:.4f}, '
+        f'perplexity {perplexity(now.val_loss):.2f}{where}')
+    if reached:
+        say(f'reached target_loss={target_loss:g} after {now.step:,} steps: {now.seconds:.1f} s of '
+            f'training, evaluations excluded; {time.perf_counter() - begun:.1f} s since the knobs '
+            f'were read')
+    elif last and target_loss:
+        limit = f'max_minutes={max_minutes:g}' if out_of_time() else f'max_iters={max_iters}'
+        say(f'target_loss={target_loss:g} was not reached in {limit}')
+    if improved:
+        save('best.pt')
+    if improved or last or reached or always_save_checkpoint:
+        save_last()
+    return last or reached
+
+
+def save_if_due(last):
+    """Save on a signal, and as often as checkpoint_... says; return the signal's number or 0."""
+    if last:
+        return 0
+    due = False
+    if now.val_loss is None and checkpoint_interval:
+        due = now.step % checkpoint_interval == 0
+    if now.val_loss is None and checkpoint_minutes:
+        due = due or time.monotonic() - now.saved_at >= 60 * checkpoint_minutes
+    caught, due = runtime.agree([signals.caught, int(due)])
+    if caught or due:
+        save_last()
+    return caught
+
+
+# ---- sample and draw -----------------------------------------------------------------------------
+
+def sample():
+    """Print what the model writes after the first token of the validation split."""
+    first = torch.tensor(data.split('val')[0][:1].astype('int64'), device=device)[None]   # (1, 1)
+    generator = torch.Generator(device).manual_seed(seed)   # training draws from another
+    with runtime.autocast(device, dtype):
+        idx = model.generate(first, 200, temperature=0.8, generator=generator)            # (1, 201)
+    text = data.tokenizer.decode(idx[0].tolist()).decode('utf-8', 'replace')
+    say('\n'.join(('-' * 40, text, '-' * 40)))
+
+
+def draw_losses():
+    title = f'{dataset}, {parameters:,} parameters'
+    plots.losses(log.path, os.path.join(out_dir, 'loss.png'), title)
+    now.drawn_at = time.monotonic()
+
+
+# ---- one optimizer step --------------------------------------------------------------------------
+
+def load(first):
+    """Return batch_size windows, from number `first` on, on the device: x, y (B, T)."""
+    x, y = windows.batch(first, batch_size)
+    if device.startswith('cuda'):   # pinned, the copy overlaps with the step before
+        x = x.pin_memory()
+        y = y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def train_one_step():
+    """Make one optimizer step; return its share of the peak rate, its loss and gradient norm.
+
+    loss is the sum over this rank's micro-steps. Both numbers are tensors that a GPU may still be
+    computing."""
+    # Dropout, like the windows, is a function of (seed, step, rank): evaluations, samples and a
+    # resumed run do not change it.
+    entropy = np.random.SeedSequence((seed, now.step, rank))
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    position = schedule.position(now.step, now.elapsed)
+    if decay_lr and position != now.step and not now.behind:
+        now.behind = True
+        say(f'iter {now.step}: from here the learning rate follows max_minutes={max_minutes:g} and '
+            f'no longer the steps, and another run will not repeat this one bit for bit; '
+            f'type --max_minutes=0 for all {max_iters:,} steps')
+    share = schedule.share(position)
+    optimizers.set_rates(share)
+    start = now.step * sequences + rank * micro_steps * batch_size
+    batches = [load(start + i * batch_size) for i in range(micro_steps)]
+    with out_of_memory_explained():
+        loss, grad_norm = training_step(batches)
+    if scaler.is_enabled() and not torch.isfinite(grad_norm):
+        now.skipped += 1
+    now.unseen.append((now.step, loss, grad_norm))
+    return share, loss, grad_norm
+
+
+def log_step(share, loss, grad_norm):
+    """Say a line and write a row of log.csv. loss: the mean over all ranks, nats per token."""
+    steps = now.step + 1 - now.logged_step
+    spent = now.seconds - now.logged_seconds
+    tok_per_s = steps * tokens_per_step / spent
+    rate = share * learning_rate
+    left = (max_iters - now.step - 1) * spent / steps
+    if max_minutes:
+        left = max(0.0, min(left, 60 * max_minutes - now.seconds))
+    more = ''
+    if peak:
+        more += f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}'
+    if scaler.is_enabled():
+        more += f' | skipped {now.skipped}, loss scale {scaler.get_scale():g}'
+    say(f'iter {now.step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate:.2e} | '
+        f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{more} | {runtime.clock(left)} left')
+    log.row(iter=now.step, tokens=now.step * tokens_per_step, train_loss=loss,
+            val_loss=now.val_loss, lr=rate, grad_norm=float(grad_norm), tok_per_s=tok_per_s,
+            seconds=now.seconds)
+    now.logged_step = now.step + 1
+    now.logged_seconds = now.seconds
+
+
+def out_of_time():
+    return bool(max_minutes) and now.elapsed >= 60 * max_minutes
+
+
+# ---- before the first step -----------------------------------------------------------------------
+
+def say_what_is_about_to_happen():
+    epochs = tokens_per_step / max(len(windows) * block_size, 1)
+    say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training '
+        f'tokens, {epochs:.3g} epochs a step')
+    say(f'tokens per step = {batch_size} batch x {block_size} block x '
+        f'{gradient_accumulation_steps} accumulation ({micro_steps} each on {ranks} ranks) = '
+        f'{tokens_per_step:,}')
+    if init_from == 'scratch':
+        V = model.config.vocab_size
+        say(f'expect a loss near ln({V}) = {math.log(V):.4f} at the start')
+    if eval_only:
+        return
+    minutes = now.seconds / 60
+    if init_from == 'resume' and now.step > max_iters:
+        say(f'note: {start.path} is at iter {now.step}, past max_iters={max_iters}: '
+            f'there is nothing left to train')
+    elif init_from == 'resume' and 0 < max_minutes <= minutes and now.step < max_iters:
+        say(f'note: {start.path} has had {minutes:.1f} minutes of training, and '
+            f'max_minutes={max_minutes:g}: there is nothing left to train; '
+            f'type --max_minutes={math.ceil(minutes + 5)} for some more, '
+            f'or --max_minutes=0 for no limit')
+    if max_minutes and not decay_lr:
+        say(f'note: with decay_lr=False the run of max_minutes={max_minutes:g} ends at a constant '
+            f'rate')
+
+
+say_what_is_about_to_happen()
 if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
     runtime.leave(0)
-if step < max_iters:
-    for _ in range(2):   # the first pays for allocations and compilation; its gradient is thrown away
-        started = time.perf_counter()
-        with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
-            float(micro_step(*load(step * sequences)))
-    model.zero_grad(set_to_none=True)
-    step_seconds = (time.perf_counter() - started) * micro_steps
-    needed = step_seconds * (max_iters - step)
-    allowed = 60 * max_minutes - seconds
-    say(f'estimated time: {runtime.clock(needed)} for {max_iters - step:,} steps, evaluations apart')
-    if max_minutes and needed > allowed > 0:
-        say(f'note: max_minutes={max_minutes:g} will end this run after about {allowed / step_seconds:,.0f} more steps; '
-            f'type --max_minutes=0 for all of them')
-if max_minutes and not decay_lr:
-    say(f'note: with decay_lr=False the run of max_minutes={max_minutes:g} ends at a constant rate')
 
-step_once = update
-if cuda_graph and device.startswith('cuda') and ranks == 1 and not scaler.is_enabled() and not grad_checkpointing:
-    step_once = fast.Graphed(update, optimizers)
-elif cuda_graph:
-    say('note: cuda_graph is for one GPU, without fp16 and grad_checkpointing: steps are launched as ever')
+log = checkpoint.RunLog(out_dir)
+if rank == 0:
+    facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
+    log.begin(now.step if init_from == 'resume' else None, knobs, facts)
+    runtime.started_before(mark=True)
 
-# ---- the loop ------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 model.train()
-peak = runtime.peak_flops(device)
-logged_step, logged_seconds, saved, saved_at = step, seconds, True, time.monotonic()
-drawn_at = time.monotonic()   # when loss.png was drawn last
-behind = False   # whether the schedule has followed max_minutes instead of the steps
+peak = runtime.peak_flops(device)   # FLOP/s of this GPU, None where it is not known
 while True:
-    # all ranks use the slowest rank's time and therefore end after the same step
-    elapsed = runtime.agree([seconds])[0] if max_minutes else seconds
-    out_of_time = bool(max_minutes) and elapsed >= 60 * max_minutes
-    val_loss, last = None, step >= max_iters or out_of_time
-    if step % eval_interval == 0 or last:
-        started = time.perf_counter()
-        look()   # waits for a GPU's last steps, which are training time
-        seconds += time.perf_counter() - started
-        val_loss = sample_loss = evaluate(eval_iters)
-        whole = last or sample_loss < target_loss
-        if whole:
-            val_loss = evaluate(None)
-            last = last or val_loss < target_loss
-        if not math.isfinite(val_loss):
-            stop_not_finite(step, f'validation loss {val_loss}')
-        improved = sample_loss < best_val_loss   # always judged on the same sample
-        best_val_loss = min(best_val_loss, sample_loss)
-        say(f'iter {step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}' + ' on the whole split' * whole)
-        if whole and val_loss < target_loss:
-            say(f'reached target_loss={target_loss:g} after {step:,} steps: {seconds:.1f} s of training, evaluations excluded; '
-                f'{time.perf_counter() - begun:.1f} s since the knobs were read')
-        elif last and target_loss:
-            limit = f'max_minutes={max_minutes:g}' if out_of_time else f'max_iters={max_iters}'
-            say(f'target_loss={target_loss:g} was not reached in {limit}')
-        if improved:
-            save('best.pt')
-        if improved or last or always_save_checkpoint:
-            saved, saved_at = save('last.pt'), time.monotonic()
-    if sample_interval and (last or step and step % sample_interval == 0) and (rank == 0 or shard):
-        with runtime.autocast(device, dtype):   # on all ranks of a sharded model, which need each other
-            say(decoding.sample_text(model, data, seed, device))
-    if out_of_time and step < max_iters:
-        say(f'max_minutes={max_minutes:g} was reached after {step:,} of max_iters={max_iters:,} steps')
+    # with a limit of time, all ranks use the slowest rank's and therefore end after the same step
+    now.elapsed = runtime.agree([now.seconds])[0] if max_minutes else now.seconds
+    now.val_loss = None
+    last = now.step >= max_iters or out_of_time()
+    if now.step % eval_interval == 0 or last:
+        last = evaluate_and_save(last)
+    if sample_interval and (last or now.step and now.step % sample_interval == 0):
+        if rank == 0 or sharded:   # the ranks of a sharded model need each other
+            sample()
+    if out_of_time() and now.step < max_iters:
+        say(f'max_minutes={max_minutes:g} was reached after {now.step:,} of '
+            f'max_iters={max_iters:,} steps')
     if last:
-        log.row(iter=step, tokens=step * tokens_per_step, val_loss=val_loss, seconds=seconds)
-    due = val_loss is None and (bool(checkpoint_interval) and step % checkpoint_interval == 0 or
-                                bool(checkpoint_minutes) and time.monotonic() - saved_at >= 60 * checkpoint_minutes)
-    caught, due = (0, 0) if last else runtime.agree([signals.caught, int(due)])
-    if caught or due:
-        saved, saved_at = save('last.pt'), time.monotonic()
-    if rank == 0 and (last or caught or val_loss is not None and time.monotonic() - drawn_at > 30):
-        plots.losses(log.path, os.path.join(out_dir, 'loss.png'), f'{dataset}, {parameters:,} parameters')
-        drawn_at = time.monotonic()   # a picture takes a fifth of a second
-    if caught and saved:
-        say(f'signal {caught}: saved {last_path} at iter {step}; type --init_from=resume{checkpoint.flag(out_dir)} to go on')
+        log.row(iter=now.step, tokens=now.step * tokens_per_step, val_loss=now.val_loss,
+                seconds=now.seconds)
+    caught = save_if_due(last)
+    evaluated_long_ago = now.val_loss is not None and time.monotonic() - now.drawn_at > 30
+    if rank == 0 and (last or caught or evaluated_long_ago):   # a picture takes a fifth of a second
+        draw_losses()
+    if caught and now.saved:
+        say(f'signal {caught}: saved {last_path} at iter {now.step}; type {resume_flag} to go on')
     if last or caught:
         break
 
     started = time.perf_counter()
-    # dropout, like the windows, is a function of (seed, step, rank): nothing done between two steps can move it
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-    scheduled = schedule_step(step, elapsed)
-    if decay_lr and scheduled != step and not behind:
-        behind = True
-        say(f'iter {step}: from here the learning rate follows max_minutes={max_minutes:g} and no longer the steps; '
-            f'another run will not repeat this one bit for bit')
-    rate = schedule(scheduled)
-    for opt in optimizers:
-        fast.set_rate(opt, rate)
-    batches = [load(step * sequences + (rank * micro_steps + i) * batch_size) for i in range(micro_steps)]
-    with runtime.explained_out_of_memory(batch_size, gradient_accumulation_steps, block_size, device):
-        loss, grad_norm = step_once(batches)
-    skipped += scaler.is_enabled() and not bool(torch.isfinite(grad_norm))
-
-    unseen.append((step, loss, grad_norm))
-    logged = step % log_interval == 0 or val_loss is not None
+    share, loss, grad_norm = train_one_step()
+    logged = now.step % log_interval == 0 or now.val_loss is not None
     if logged:
         look()
         loss = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps
-    seconds += time.perf_counter() - started
+    now.seconds += time.perf_counter() - started
     if logged:
-        steps, spent = step + 1 - logged_step, seconds - logged_seconds
-        tok_per_s = steps * tokens_per_step / spent
-        mfu = f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}' if peak else ''
-        mfu += f' | skipped {skipped}, loss scale {scaler.get_scale():g}' if scaler.is_enabled() else ''
-        left = (max_iters - step - 1) * spent / steps
-        if max_minutes:
-            left = max(0.0, min(left, 60 * max_minutes - seconds))
-        say(f'iter {step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate * learning_rate:.2e} | '
-            f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{mfu} | {runtime.clock(left)} left')
-        log.row(iter=step, tokens=step * tokens_per_step, train_loss=loss, val_loss=val_loss, lr=rate * learning_rate,
-                grad_norm=float(grad_norm), tok_per_s=tok_per_s, seconds=seconds)
-        logged_step, logged_seconds = step + 1, seconds
-    step += 1
+        log_step(share, loss, grad_norm)
+    now.step += 1
 
+# ---- the end -------------------------------------------------------------------------------------
 log.end()
 if last:
-    say(f'done: {step:,} steps in {runtime.clock(seconds)} and {runtime.peak_memory(device):,.0f} MB; val loss {val_loss:.4f} '
-        f'nats per token on the whole split; type python sample.py' + checkpoint.flag(out_dir))
-if not saved:
-    fail(f'{last_path} could not be written at the end; make room, ' + ('and type --init_from=resume' + checkpoint.flag(out_dir)
-         if os.path.exists(last_path) else 'or type --out_dir=FOLDER for another place'))
+    say(f'done: {now.step:,} steps in {runtime.clock(now.seconds)} and '
+        f'{runtime.peak_memory(device):,.0f} MB; val loss {now.val_loss:.4f} nats per token on the '
+        f'whole split; type python sample.py{checkpoint.flag(out_dir)}')
+if not now.saved:
+    advice = 'type --out_dir=FOLDER for another place'
+    if os.path.exists(last_path):
+        advice = f'type {resume_flag}'
+    fail(f'{last_path} could not be written at the end; make room, and {advice}')
 runtime.leave(128 + caught if caught else 0)

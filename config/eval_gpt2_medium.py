@@ -1,4 +1,5 @@
-# The loss of OpenAI's GPT-2, 355M parameters, on the whole validation split of a dataset with its tokenizer.
+# The loss of OpenAI's GPT-2 with 355M parameters, on a dataset's whole validation split.
+# The dataset must be in GPT-2's BPE.
 
 init_from = 'gpt2-medium'
 dataset = 'shakespeare'

@@ -1,4 +1,5 @@
-# The loss of OpenAI's GPT-2, 1.6B parameters, on the whole validation split of a dataset with its tokenizer.
+# The loss of OpenAI's GPT-2 with 1.6B parameters, on a dataset's whole validation split.
+# The dataset must be in GPT-2's BPE.
 
 init_from = 'gpt2-xl'
 dataset = 'shakespeare'

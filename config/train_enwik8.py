@@ -1,4 +1,5 @@
-# enwik8 by bytes: 90 million of them to train on. On a GPU 38M parameters; on two CPU cores ten minutes of a small one.
+# enwik8 by bytes, 90 million of them for training.
+# On a GPU the model has 38M parameters. On two CPU cores a small one trains for ten minutes.
 
 dataset = 'enwik8'
 prepare = 'prepare_enwik8.py --tokenizer=byte'   # run when the data is missing
@@ -6,12 +7,14 @@ out_dir = 'out-enwik8'
 gradient_accumulation_steps = 1
 
 if device == 'cpu':
-    n_layer, n_head, n_embd = 4, 4, 192
+    n_layer = 4
+    n_head = 4
+    n_embd = 192
     block_size = 128
     batch_size = 16       # 2,048 bytes a step
     optimizer = 'muon'
     muon_learning_rate = 0.02
-    learning_rate = 8e-3  # for embeddings, norms and biases, AdamW's share
+    learning_rate = 8e-3  # AdamW's, for embeddings, norms and biases
     min_lr = 0.0
     weight_decay = 0.0
     warmup_iters = 100
@@ -20,7 +23,9 @@ if device == 'cpu':
     eval_iters = 50
     log_interval = 50
 else:
-    n_layer, n_head, n_embd = 12, 8, 512
+    n_layer = 12
+    n_head = 8
+    n_embd = 512
     block_size = 512
     batch_size = 64       # 32,768 bytes a step
     dropout = 0.1

@@ -1,13 +1,17 @@
-# enwik8 as GPT-2's BPE, GPT-2's shape with a head of its own: 163M parameters, for one GPU of 16 GB.
+# enwik8 in GPT-2's BPE, for one GPU with 16 GB.
+# The model has GPT-2's shape and a head of its own: 163M parameters.
 
 dataset = 'enwik8_gpt2'
 prepare = 'prepare_enwik8.py --tokenizer=gpt2'   # run when the data is missing
 out_dir = 'out-enwik8-gpt2'
 
-n_layer, n_head, n_embd = 12, 12, 768
+n_layer = 12
+n_head = 12
+n_embd = 768
 block_size = 1024
-tie_weights = False       # 38.6M parameters more, no more work
-batch_size = 4            # what 16 GB hold in half precision: fp16 on a T4 or V100, which have no bf16 (dtype='auto')
+tie_weights = False       # 38.6M more parameters, but no more work
+# 16 GB hold 4 sequences in half precision; dtype='auto' is fp16 on a T4 or V100, without bf16
+batch_size = 4
 gradient_accumulation_steps = 16   # 64 sequences, 65,536 tokens a step
 dropout = 0.2             # some 27 million tokens, seen five times
 

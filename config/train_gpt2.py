@@ -1,7 +1,11 @@
-# GPT-2 124M from nothing, as nanoGPT does it: 2.85 nats on OpenWebText, four to five days on eight A100s.
-#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+# GPT-2 124M from scratch, as nanoGPT trains it: 2.85 nats on OpenWebText, after four to five days
+# on eight A100s.
+#
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-dataset = 'openwebtext'   # your own copy: python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2
+# your own copy; to make it from a folder of texts:
+# python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2
+dataset = 'openwebtext'
 out_dir = 'out-gpt2'
 
 batch_size = 12           # sequences of 1,024 tokens

@@ -1,6 +1,8 @@
-# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters, and 36,096 of padding. The rest is train.py's
-# defaults, which are the recipe that train_gpt2.py writes out.
-#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_nobias.py
+# GPT-2 124M without the bias of the QKV projection: 124,412,160 parameters, and 36,096 of padding.
+#
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_nobias.py
+#
+# All other settings are train.py's defaults, the recipe that train_gpt2.py writes out.
 
 out_dir = 'out-gpt2-nobias'
 qkv_bias = False

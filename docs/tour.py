@@ -1,96 +1,122 @@
 """
-The numbers of docs/tour.md: the first characters of Tiny Shakespeare, followed through model.py to a loss, a step and a text.
+The numbers of docs/tour.md: the first characters of Tiny Shakespeare, followed through model.py to
+a loss, a step and a text.
 
-    python docs/tour.py        # reads data/shakespeare_char, which train.py or prepare_shakespeare.py makes
+    python docs/tour.py
 
-Writes the tour's blocks to stdout; a test holds the page against them, so that it stays true.
+Reads data/shakespeare_char, made by train.py or prepare_shakespeare.py. Writes the page's blocks to
+stdout; a test compares them with the page. Letters as in model.py.
 """
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # model.py is a folder up
+# model.py is one folder up
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
 import model as gpt
-from configurator import configure
-from data import open_dataset
+from lib.configurator import configure
+from lib.data import open_dataset
 
 data_dir = 'data'   # where datasets live
 configure(globals())
 
+B = 2          # sequences
+T = 8          # tokens in each
+C = 16         # width
+nh = 2         # heads
+hs = C // nh   # width of a head
+
 
 def show(name, t):
-    """A tensor's name, its shape, and the first six numbers of its first row."""
-    print(f'{name:14} {str(tuple(t.shape)):14}', end='')
-    corner = t.detach()
-    while corner.dim() > 1:
-        corner = corner[0]
-    print('  '.join(f'{x:7.3f}' for x in corner[:6].tolist()) + '  ...' * (len(corner) > 6))
+    """Print a tensor's name, its shape, and the first six numbers of its first row."""
+    row = t.detach()
+    while row.dim() > 1:
+        row = row[0]
+    numbers = '  '.join(f'{x:7.3f}' for x in row[:6].tolist())
+    if len(row) > 6:
+        numbers += '  ...'
+    print(f'{name:14} {str(tuple(t.shape)):14}{numbers}')
+
+
+def text_of(ids):
+    """Return the text of a row of token ids."""
+    return data.tokenizer.decode(ids.tolist()).decode()
 
 
 data = open_dataset('shakespeare_char', data_dir, needs=('train',))
-if data.stand_in_banner():   # other numbers than the page's
+if data.stand_in_banner():   # a stand-in's numbers are not the page's
     print(data.stand_in_banner(), file=sys.stderr)
+
 print('# text')
-T = 8
-ids = torch.from_numpy(data.split('train')[0][:2 * T + 1].astype('int64'))
-x, y = torch.stack((ids[:T], ids[T:2 * T])), torch.stack((ids[1:T + 1], ids[T + 1:2 * T + 1]))   # (B, T) each, y one later
-for row in range(2):
-    text, later = (data.tokenizer.decode(t[row].tolist()).decode() for t in (x, y))
-    print(f'x[{row}] {text!r:12} {x[row].tolist()}')
-    print(f'y[{row}] {later!r:12} {y[row].tolist()}')
+ids = torch.from_numpy(data.split('train')[0][:B * T + 1].astype('int64'))
+x = ids[:-1].view(B, T)                                                   # (B, T)
+y = ids[1:].view(B, T)                                                    # (B, T), one later
+for row in range(B):
+    print(f'x[{row}] {text_of(x[row])!r:12} {x[row].tolist()}')
+    print(f'y[{row}] {text_of(y[row])!r:12} {y[row].tolist()}')
 
 print('\n# model')
 torch.manual_seed(1337)
-model = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=data.vocab_size, n_layer=2, n_head=2, n_embd=16))
+model = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=data.vocab_size, n_layer=2, n_head=nh,
+                              n_embd=C))
 for name, p in model.named_parameters():
-    if '.h.1.' not in name:   # as block 0
+    if '.h.1.' not in name:   # block 1 has the shapes of block 0
         print(f'{name:34} {str(tuple(p.shape)):10} {p.numel():5}')
 print(f'{model.num_params():,} parameters, of which the head has none: it is the token embedding')
 
 print('\n# embedding')
-wte, wpe, h = model.transformer.wte, model.transformer.wpe, model.transformer.h
-token, position = wte(x), wpe.weight[:T]                                                          # (B, T, C), (T, C)
-stream = token + position                                                                         # (B, T, C)
-for name, t in (('wte(x)', token), ('wpe', position), ('x', stream)):
-    show(name, t)
+wte = model.transformer.wte
+wpe = model.transformer.wpe
+h = model.transformer.h
+token = wte(x)                                                            # (B, T, C)
+position = wpe.weight[:T]                                                 # (T, C)
+stream = token + position                                                 # (B, T, C)
+show('wte(x)', token)
+show('wpe', position)
+show('x', stream)
 
 print('\n# attention of block 0')
 attn = h[0].attn
-normed = h[0].ln_1(stream)                                                                        # (B, T, C)
+normed = h[0].ln_1(stream)                                                # (B, T, C)
 show('ln_1(x)', normed)
-qkv = attn.c_attn(normed)                                                                         # (B, T, 3C)
+qkv = attn.c_attn(normed)                                                 # (B, T, 3C)
 show('c_attn', qkv)
-q, k, v = (t.view(2, T, 2, 8).transpose(1, 2) for t in qkv.chunk(3, dim=2))                       # (B, nh, T, hs)
+q, k, v = (t.view(B, T, nh, hs).transpose(1, 2) for t in qkv.chunk(3, dim=2))   # (B, nh, T, hs)
 show('q', q)
-weights = gpt.attention_weights(q, k)                                                             # (B, nh, T, T)
+weights = gpt.attention_weights(q, k)                                     # (B, nh, T, T)
 print('weights of head 0 on x[0], queries down, keys across:')
-for letter, row in zip(data.tokenizer.decode(x[0].tolist()).decode(), weights[0, 0].tolist()):
+for letter, row in zip(text_of(x[0]), weights[0, 0].tolist()):
     print(f'  {letter!r}  ' + '  '.join(f'{w:.3f}' for w in row))
-heads = (weights @ v).transpose(1, 2).reshape(2, T, 16)                                           # (B, T, C)
+heads = (weights @ v).transpose(1, 2).reshape(B, T, C)                    # (B, T, C)
 show('weights @ v', heads)
-stream = stream + attn.c_proj(heads)                                                              # (B, T, C)
+stream = stream + attn.c_proj(heads)                                      # (B, T, C)
 show('x + attention', stream)
 
 print('\n# MLP of block 0')
 mlp = h[0].mlp
-wide = mlp.c_fc(h[0].ln_2(stream))                                                                # (B, T, 4C)
+wide = mlp.c_fc(h[0].ln_2(stream))                                        # (B, T, 4C)
 show('c_fc', wide)
-show('gelu', mlp.activation(wide))
-stream = stream + mlp.c_proj(mlp.activation(wide))                                                # (B, T, C)
+bent = mlp.activation(wide)                                               # (B, T, 4C)
+show('gelu', bent)
+stream = stream + mlp.c_proj(bent)                                        # (B, T, C)
 show('x + MLP', stream)
 
 print('\n# head and loss')
-stream = model.transformer.ln_f(h[1](stream))                                                     # (B, T, C)
+stream = h[1](stream)                                                     # (B, T, C)
+stream = model.transformer.ln_f(stream)                                   # (B, T, C)
 show('ln_f', stream)
-logits = model.lm_head(stream)                                                                    # (B, T, V)
+logits = model.lm_head(stream)                                            # (B, T, V)
 show('logits', logits)
-chances = logits.softmax(dim=-1).gather(2, y[:, :, None])[:, :, 0]                                # (B, T)
+probs = logits.softmax(dim=-1)                                            # (B, T, V)
+chances = probs.gather(2, y[:, :, None])[:, :, 0]                         # (B, T)
 show('p(y)', chances)
 loss = -chances.log().mean()
-same = model(x, y)[1]
-print(f'loss, the mean of -ln p(y): {loss:.4f}; model(x, y) says {same:.4f}; ln 65 = {torch.tensor(65.0).log():.4f}')
+_, same = model(x, y)
+uniform = torch.tensor(65.0).log()   # the loss where all characters are equally likely
+print(f'loss, the mean of -ln p(y): {loss:.4f}; model(x, y) says {same:.4f}; '
+      f'ln 65 = {uniform:.4f}')
 
 print('\n# backward and one step')
 same.backward()
@@ -99,15 +125,18 @@ for name, p in model.named_parameters():
         print(f'{name:34} gradient norm {p.grad.norm():.4f}')
 optimizer = torch.optim.AdamW(model.optimizer_groups(0.1), lr=1e-2)
 optimizer.step()
-print(f'loss after one step of AdamW: {model(x, y)[1]:.4f}')
+_, loss = model(x, y)
+print(f'loss after one step of AdamW: {loss:.4f}')
 
 print('\n# by heart')
 for _ in range(199):
     optimizer.zero_grad()
-    model(x, y)[1].backward()
+    _, loss = model(x, y)
+    loss.backward()
     optimizer.step()
-print(f'loss after 200 steps: {model(x, y)[1]:.1f}')
-for row in range(2):
-    text = model.generate(x[row:row + 1, :1], T - 1, temperature=0)                               # (1, T)
-    first, whole = (data.tokenizer.decode(t.tolist()).decode() for t in (x[row, :1], text[0]))
-    print(f'{first!r} goes on: {whole!r}')
+_, loss = model(x, y)
+print(f'loss after 200 steps: {loss:.1f}')
+for row in range(B):
+    first = x[row:row + 1, :1]                                            # (1, 1)
+    whole = model.generate(first, T - 1, temperature=0)                   # (1, T)
+    print(f'{text_of(first[0])!r} goes on: {text_of(whole[0])!r}')

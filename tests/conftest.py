@@ -161,7 +161,8 @@ def modes_hold():
 @pytest.fixture
 def mini(folder):
     """A working folder with data/mini: some 5,000 characters."""
-    from data import CharTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import CharTokenizer
     tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
     parts = dict(train=TEXT[:cut], val=TEXT[cut:])
     write_dataset('data/mini', {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()}, tokenizer,
@@ -172,7 +173,8 @@ def mini(folder):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """The out_dir of a tiny model trained for some steps, to copy or read, never to change."""
-    from data import CharTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import CharTokenizer
     home = tmp_path_factory.mktemp('trained')
     tokenizer, cut = CharTokenizer(TEXT), int(0.9 * len(TEXT))
     parts = dict(train=TEXT[:cut], val=TEXT[cut:])
@@ -208,7 +210,7 @@ def gpt2_files(monkeypatch):
 
 def rewrite(path, tokenizer=None, **knobs):
     """Change what a checkpoint file says about its run: the knobs, and the tokenizer's state."""
-    import checkpoint
+    from lib import checkpoint
     loaded = checkpoint.load(str(path))
     loaded['config'] = loaded['config'] | knobs
     if tokenizer:

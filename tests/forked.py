@@ -46,7 +46,7 @@ def fork_script(script, flags, log='', environment=()):
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    from console import settle  # here, where sys.path has its folder
+    from lib.console import settle  # here, where sys.path has its folder
     settle()
     os._exit(code)
 

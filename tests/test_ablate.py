@@ -138,9 +138,10 @@ def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
     assert '0 runs to do' in script('ablate.py', 'heads', *wild).err
     for path in ROOT.glob('*.py'):
         shutil.copy(path, '.')
+    shutil.copytree(ROOT / 'lib', 'lib')
     source = open('train.py').read()
     with open('train.py', 'w') as f:
-        f.write(source.replace('    step += 1\n', '    step += 1\n    raise OSError("the roof fell in")\n'))
+        f.write(source.replace('    now.step += 1\n', '    now.step += 1\n    raise OSError("the roof fell in")\n'))
     monkeypatch.setattr('conftest.ROOT', mini)
     result = script('ablate.py', 'norm', *FLAGS, '--variants=pre,post', '--seeds=1')
     assert result.code == 0 and result.out.count('0; seed 1 failed: OSError: the roof fell in') == 2
@@ -172,6 +173,7 @@ def test_list(script, folder):
     (['headz'], ["study='headz'", 'heads', 'modern']), ([], ["study=''", 'list']), (['heads', '--variants=3 heads'], ['3 heads', '8 heads']),
     (['heads', '--seeds=0'], ['seeds=0']), (['heads', '--data_dir=nowhere'], ['nowhere', 'prepare_shakespeare.py']),
     (['heads', '--report'], ['heads.json', 'python ablate.py heads']), (['heads', '--flags=--seed=3'], ['seed', '--key=value']),
+    (['heads', '--flags="--n_embd=64'], ['No closing quotation', '--flags=']),
     (['norm', '--flags=--norm=post'], ['norm varies norm', '--max_iters=500']), (['heads', '--flags=--n_layr=3'], ['n_layr', 'n_layer']), (['heads', '--flags=--n_embd=30'], ['n_embd=30', 'n_head'])])
 def test_mistakes(refused, mini, flags, words):
     """Unknown studies and variants with the list; what train.py refuses ends the study in its words."""

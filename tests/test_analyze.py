@@ -53,7 +53,7 @@ def test_analyze(script, run):
         assert float(row['change_low']) < float(row['change']) < float(row['change_high'])
     assert all(line in found['findings'] for line in result.out.splitlines())
     assert 'note:' not in result.err and not list((run / 'out').glob('analysis-*'))
-    assert 'looked at are the first 16, all that fit' in script('analyze.py', '--tokens=20', '--windows=2').err
+    assert 'Analyzed are the first 16, which is all that fits' in script('analyze.py', '--tokens=20', '--windows=2').err
 
 
 def test_the_interval_is_students(script, run):
@@ -61,8 +61,8 @@ def test_the_interval_is_students(script, run):
     from scipy import stats
     from torch.nn import functional as F
 
-    import inside
-    from checkpoint import open_model
+    from lib import inside
+    from lib.checkpoint import open_model
     script('analyze.py', '--device=cpu', '--windows=4')
     model = open_model('resume', 'out', '', 'data', given=set()).model
     split = np.fromfile('data/mini/val.bin', dtype='<u2').astype(np.int64)
@@ -84,8 +84,8 @@ def test_the_interval_is_students(script, run):
 
 def tiny(run, **fields):
     """An untrained model of bytes, as nasty.pt."""
-    import checkpoint
-    from data import ByteTokenizer
+    from lib import checkpoint
+    from lib.tokenizers import ByteTokenizer
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(block_size=128, vocab_size=256, n_layer=2, n_head=2, n_embd=16) | fields))
@@ -153,7 +153,8 @@ def test_a_run_knows_its_data_dir(script, run):
 
 
 def test_a_dataset_of_another_tokenizer_is_named(script, refused, run):
-    from data import ByteTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import ByteTokenizer
     tokenizer = ByteTokenizer()
     write_dataset('data/mini', dict(val=[(tokenizer.encode(TEXT), len(TEXT))]), tokenizer,
                   dict(name='mini', url=None, sha256='', stand_in=False))
@@ -167,8 +168,9 @@ def changed(run, monkeypatch, old, new):
     """analyze.py with one line of it otherwise."""
     source = (ROOT / 'analyze.py').read_text()
     assert old in source
-    for path in [*ROOT.glob('*.py'), ROOT / 'report.html']:
+    for path in ROOT.glob('*.py'):
         shutil.copy(path, run)
+    shutil.copytree(ROOT / 'lib', run / 'lib', dirs_exist_ok=True)
     (run / 'analyze.py').write_text(source.replace(old, new))
     monkeypatch.setattr('conftest.ROOT', run)
 
@@ -176,7 +178,7 @@ def changed(run, monkeypatch, old, new):
 def test_more_attention_than_fits_is_cut(script, run, monkeypatch):
     changed(run, monkeypatch, 'HELD_BYTES = 1 << 30', 'HELD_BYTES = 4 * 4 * 10 * 10')
     result = script('analyze.py', '--device=cpu', '--windows=2', '--tokens=20')
-    assert 'looked at are the first 10, as the attention of 4 heads' in result.err
+    assert 'Analyzed are the first 10, as the attention of 4 heads' in result.err
     assert len(report_of(run / 'out/analysis/report.html')['tokens']) == 10
 
 
@@ -250,8 +252,8 @@ def test_a_gpt2_of_hugging_face(script, folder, gpt2_files):
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)).save_pretrained('tiny')
-    import data
-    for name, content in data.hf_tokenizer_files(data.GPT2Tokenizer(), 32).items():
+    from lib import tokenizers
+    for name, content in tokenizers.hf_tokenizer_files(tokenizers.GPT2Tokenizer(), 32).items():
         (folder / 'tiny' / name).write_text(content if isinstance(content, str) else json.dumps(content))
     assert GPT2Config.from_pretrained('tiny').n_embd == 16
     flags = ['--device=cpu', '--start=When Mary and John went to the store, John gave']

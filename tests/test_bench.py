@@ -11,7 +11,7 @@ BENCH = ['bench.py', 'sample', '--net=0.8M', '--device=cpu', '--compile=False', 
 @pytest.mark.parametrize('has_bf16', [True, False])
 def test_bench_sample_measures_what_pays(script, folder, monkeypatch, has_bf16):
     """Precisions that the processor emulates are left out, of ours and of transformers', and named, unless typed."""
-    monkeypatch.setattr('runtime.cpu_has_bf16', lambda: has_bf16)
+    monkeypatch.setattr('lib.runtime.cpu_has_bf16', lambda: has_bf16)
     result = script(*BENCH, '--batch=1', '--peer=transformers', '--json=-')
     found = json.loads(result.out)
     half = ['bfloat16'] if has_bf16 else []
@@ -107,7 +107,7 @@ def test_bench_step_beside_nanogpt(process, folder):
 
 
 def test_growth_is_drawn(folder):
-    import plots
+    from lib import plots
     rows = [dict(growth=kind, context=64, batch=2, n_layer=3, step_ms=5.0 * i, peak_memory_mb=9.0) | {kind: i}
             for kind in ('context', 'batch', 'n_layer') for i in (1, 2)]
     plots.growth(rows, 'growth.png')

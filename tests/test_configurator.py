@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from configurator import configure
+from lib.configurator import configure
 
 KNOBS = dict(learning_rate=1e-3, max_iters=10, name='x', flag=False, device='auto', compile='auto', top_k=None, _private=1,
              min_lr=0.0, batch_size=1, init_from='scratch', out_dir='out', start='', checkpoint='')

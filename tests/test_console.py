@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import PYTHON, ROOT, TINY, read_log
 
-import checkpoint
+from lib import checkpoint
 
 LONG = [*TINY, '--max_iters=100000', '--lr_decay_iters=100000', '--eval_interval=100000',
         '--log_interval=1', '--max_minutes=0.4']   # the minutes end it where a signal does not

@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from data import (
-    ByteTokenizer,
-    CharTokenizer,
-    Dataset,
-    TrainingWindows,
-    evaluation_batches,
-    how_to_make,
-    write_dataset,
-)
+from lib import data, tokenizers
+from lib.data import Dataset, TrainingWindows, evaluation_batches, how_to_make
+from lib.prepare import write_dataset
+from lib.tokenizers import ByteTokenizer, CharTokenizer
 
 SCRIPTS = ['To be, or not to be', 'Быть или не быть', '生きるべきか', '存在还是毁灭', 'أكون أو لا أكون', 'להיות או לא להיות', '🎭🏴󠁧󠁢󠁥󠁮󠁧󠁿 e\u0301']
 
@@ -39,16 +33,16 @@ def make(tokens, folder='data/made', val=None, vocab=256, **meta):
 
 @pytest.mark.parametrize('text', SCRIPTS + ['', '\x00\r\n\t', ''.join(SCRIPTS)])
 def test_round_trip(text, gpt2_files):
-    for tokenizer in (CharTokenizer(text or 'x'), ByteTokenizer(), data.GPT2Tokenizer()):
+    for tokenizer in (CharTokenizer(text or 'x'), ByteTokenizer(), tokenizers.GPT2Tokenizer()):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids.tolist()).decode() == text
         assert len(ids) == 0 or 0 <= ids.min() and ids.max() < tokenizer.vocab_size
-        again = data.load_tokenizer(json.loads(json.dumps(tokenizer.state())))
+        again = tokenizers.load_tokenizer(json.loads(json.dumps(tokenizer.state())))
         assert again.encode(text).tolist() == ids.tolist()
 
 
 def test_gpt2_tokens_are_gpt2s(gpt2_files):
-    tokenizer = data.GPT2Tokenizer()
+    tokenizer = tokenizers.GPT2Tokenizer()
     assert tokenizer.encode('Hello, world! <|endoftext|>').tolist() == [15496, 11, 995, 0, 220, 50256]
 
 
@@ -62,7 +56,7 @@ def test_unknown_character_is_named(capsys):
 @pytest.mark.parametrize('state', [None, {}, {'kind': 'bpe'}, {'kind': 'char'}, {'kind': 'char', 'chars': ''}, {'kind': 'char', 'chars': 3}])
 def test_foreign_tokenizer_state(state):
     with pytest.raises(ValueError):
-        data.load_tokenizer(state)
+        tokenizers.load_tokenizer(state)
 
 
 # ---- token files ---------------------------------------------------------------------------------------------------
@@ -159,7 +153,7 @@ def test_files_that_cannot_be_opened(mini, capsys, monkeypatch):
     import builtins
     import mmap
 
-    import checkpoint
+    from lib import checkpoint
     Path('last.pt').write_bytes(b'x')
     real = builtins.open
     forbidden = ''

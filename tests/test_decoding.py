@@ -8,8 +8,8 @@ from conftest import COMPILED
 from test_model import rough, small, tokens
 from torch.nn import functional as F
 
-import decoding
 import model as gpt
+from lib import decoding
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')   # as find_compile does, for torch's own imports
 KINDS = [{}, dict(pos='rope'), dict(pos='none'), dict(n_head=3, n_embd=24), dict(norm='post'), dict(residual=False),
@@ -127,7 +127,7 @@ def test_the_step_of_the_graph_gives_the_same_text(changes, T):
             ours, plain = ([new.clone() for new in stream(idx, count, chance=chance[:, :count], **knobs)]
                            for stream in (lambda *a, **k: decoding.graph_stream(net, *a, **k), net.stream))
             assert torch.equal(torch.cat(ours, 1), torch.cat(plain, 1))
-    assert all(block.attn.attend is gpt.fused_attention for block in net.transformer.h)   # left as it was
+    assert all(block.attn.attention is gpt.fused_attention for block in net.transformer.h)   # left as it was
     for idx, knobs in ((torch.tensor([[61]]), {}), (tokens(1, 4), dict(temperature=-1.0)), (tokens(1, 4), dict(top_k=0))):
         with pytest.raises(ValueError):
             list(decoding.graph_stream(net, idx, 3, chance=chance, **knobs))

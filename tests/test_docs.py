@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from data import CharTokenizer, write_dataset
+from lib.prepare import write_dataset
+from lib.tokenizers import CharTokenizer
 
 
 def test_the_tour(folder, shakespeare):

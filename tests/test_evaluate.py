@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import rewrite
 
-import checkpoint
-from data import CharTokenizer, Dataset, GPT2Tokenizer, token_sizes, write_dataset
+from lib import checkpoint
+from lib.data import Dataset
+from lib.prepare import write_dataset
+from lib.tokenizers import CharTokenizer, GPT2Tokenizer, token_sizes
 from model import GPT, GPTConfig
 
 

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import fast
 import model as gpt
-import runtime
+from lib import fast, optimizers, runtime
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.processor
@@ -17,14 +16,22 @@ pytestmark = pytest.mark.processor
 SMALL = dict(block_size=32, vocab_size=61, n_layer=2, n_head=3, n_embd=48)
 
 
-def descend(net, loss, optimizers, parts):
-    """One optimizer step, as train.py takes it."""
-    loss.backward()
-    for p, rows, part in parts:
-        part.grad = p.grad[rows]
-    for opt in optimizers:
-        opt.step()
-    net.zero_grad(set_to_none=True)
+def faster(net):
+    """Return a net that uses every way of lib/fast.py."""
+    fast.use_on_processor(net)
+    return net
+
+
+def step_of(net, made, loss_of=None):
+    """Return train.py's step in fp32 on a net's device, without clipping."""
+    device = next(net.parameters()).device.type
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    return optimizers.TrainingStep(net, loss_of or fast.TrainingLoss(net, lean=False), made, scaler, 0.0,
+                                   device, 'float32')
+
+
+def muon_of(net):
+    return optimizers.Optimizers(net, 'muon', (1e-3, 0.01), 0.1, (0.9, 0.95))
 
 
 CLASSIC = ((3.4445, -4.775, 2.0315),) * 5   # torch.optim.Muon's polynomial, five times
@@ -103,7 +110,7 @@ def test_attention_is_chosen_by_the_processor(monkeypatch, avx512, dtype, dropou
 
 @pytest.mark.usefixtures('blocks')
 def test_attention_by_blocks_is_taken_in_training_alone():
-    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    net = faster(GPT(GPTConfig(**SMALL)))
     taken = net(torch.zeros(1, 8, dtype=torch.long))[0].grad_fn
     names, todo = set(), [taken]
     while todo:
@@ -113,8 +120,8 @@ def test_attention_by_blocks_is_taken_in_training_alone():
     assert 'BlockAttentionBackward' in names
     with torch.no_grad():
         assert net.generate(torch.zeros(1, 1, dtype=torch.long), 3).shape == (1, 4)
-    explicit = fast.speed_up(GPT(GPTConfig(**SMALL, flash=False)))
-    assert explicit.transformer.h[0].attn.attend is gpt.explicit_attention
+    explicit = faster(GPT(GPTConfig(**SMALL, flash=False)))
+    assert explicit.transformer.h[0].attn.attention is gpt.explicit_attention
 
 
 def test_gelu_by_a_sigmoid_is_the_tanh_form():
@@ -134,7 +141,7 @@ def test_gelu_rounds_once_in_bf16_and_leaves_other_activations_alone():
     x = torch.randn(1000).bfloat16()
     assert torch.equal(fast.gelu(x), F.gelu(x, approximate='tanh'))
     for name, function in gpt.ACTIVATIONS.items():
-        mlp = fast.speed_up(GPT(GPTConfig(**SMALL, activation=name))).transformer.h[0].mlp
+        mlp = faster(GPT(GPTConfig(**SMALL, activation=name))).transformer.h[0].mlp
         assert mlp.activation is (fast.gelu if name == 'gelu' else function)
 
 
@@ -184,51 +191,45 @@ def test_targets_that_are_all_ignored_teach_nothing():
 
 
 def test_a_large_vocabulary_trains_the_same():
-    """Loss and every gradient of a net with 5,000 tokens, with and without what speed_up puts in; evaluation gives logits."""
-    def run(faster):
+    """Loss and every gradient of a net with 5,000 tokens, lean and as autograd computes them."""
+    def run(lean):
         torch.manual_seed(3)
         net = GPT(GPTConfig(**{**SMALL, 'vocab_size': 5000}))
-        if faster:
-            fast.speed_up(net)
         idx = torch.randint(5000, (3, 32))
-        logits, loss = net(idx, idx.roll(-1, 1))
+        loss = fast.TrainingLoss(net, lean)(idx, idx.roll(-1, 1))
         loss.backward()
-        return net, logits, loss, [p.grad for p in net.parameters()]
-    (_, _, loss, grads), (net, logits, lean, lean_grads) = run(False), run(True)
-    assert logits is None and abs(loss - lean) < 1e-5
+        names = {type(node).__name__ for node in (loss.grad_fn, *(f for f, _ in loss.grad_fn.next_functions))}
+        return loss, [p.grad for p in net.parameters()], names
+    (loss, grads, names), (lean_loss, lean_grads, lean_names) = run(False), run(True)
+    assert 'CrossEntropyBackward' in lean_names and 'CrossEntropyBackward' not in names
+    assert abs(loss - lean_loss) < 1e-5
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, lean_grads))
-    idx = torch.zeros(1, 4, dtype=torch.long)
-    assert net.eval()(idx, idx)[0].shape == (1, 4, 5000) and net.train()(idx)[0].shape == (1, 4, 5000)
 
 
 @pytest.mark.parametrize('change', ['attention', 'dropout module', 'loss', 'muon', 'all'])
 def test_the_loss_curve_stays(change):
     """Twenty steps in fp32 with and without each way: the same losses to 1e-5. Dropout, whose draws differ, at p = 0 here."""
-    def curve(faster):
+    def curve(changed):
         torch.manual_seed(4)
         net = GPT(GPTConfig(**{**SMALL, 'vocab_size': 4096, 'block_size': 64}))
-        if faster and change == 'all':
-            fast.speed_up(net)
-        if faster and change == 'attention':
-            for block in net.transformer.h:
-                block.attn.attend = fast.attend
-        if faster and change == 'dropout module':
-            for layer in [net, *(block.attn for block in net.transformer.h), *(block.mlp for block in net.transformer.h)]:
-                layer.drop = fast.Dropout(0.0)
-        if faster and change == 'loss':
-            net.forward = lambda idx, targets: fast.lean_forward(net, idx, targets)
-        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
-        optimizers[1].precise = True
-        if not (faster and change in ('muon', 'all')):   # a matrix at a time
-            for group in optimizers[1].param_groups:
+        if changed and change == 'all':
+            fast.use_on_processor(net)
+        if changed and change == 'attention':
+            net.set_attention(fast.attend)
+        if changed and change == 'dropout module':
+            net.set_dropout(fast.Dropout)
+        made = muon_of(net)
+        muon = made.all[1]
+        muon.precise = True
+        if not (changed and change in ('muon', 'all')):   # a matrix at a time
+            for group in muon.param_groups:
                 singles = [dict(group, params=[p]) for p in group['params']]
-            optimizers[1].param_groups = singles
+            muon.param_groups = singles
+        step = step_of(net, made, fast.TrainingLoss(net, lean=changed and change in ('loss', 'all')))
         losses, generator = [], torch.Generator().manual_seed(5)
         for _ in range(20):
             idx = torch.randint(40, (2, 65), generator=generator)
-            loss = net(idx[:, :-1], idx[:, 1:])[1]
-            descend(net, loss, optimizers, parts)
-            losses.append(loss.item())
+            losses.append(step([(idx[:, :-1], idx[:, 1:])])[0].item())
         return losses
     slow, quick = curve(False), curve(True)
     assert slow[-1] < slow[0] - 1 and max(abs(a - b) for a, b in zip(slow, quick)) < 1e-5
@@ -236,7 +237,7 @@ def test_the_loss_curve_stays(change):
 
 def test_a_copy_of_a_faster_model_computes_with_its_own_weights():
     torch.manual_seed(5)
-    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    net = faster(GPT(GPTConfig(**SMALL)))
     twin, idx = copy.deepcopy(net), torch.randint(61, (1, 9))
     with torch.no_grad():
         for p in twin.parameters():
@@ -247,7 +248,7 @@ def test_a_copy_of_a_faster_model_computes_with_its_own_weights():
 @pytest.mark.parametrize('precise', [False, True])
 def test_muon_is_torchs_matrix_by_matrix(precise, monkeypatch):
     """Three steps with matrices of three shapes beside torch.optim.Muon, with its polynomials; its products are in bf16."""
-    monkeypatch.setattr(fast, 'POLAR', CLASSIC)
+    monkeypatch.setattr(optimizers, 'POLAR', CLASSIC)
 
     def run(kind, **settings):
         torch.manual_seed(6)
@@ -258,7 +259,7 @@ def test_muon_is_torchs_matrix_by_matrix(precise, monkeypatch):
                 p.grad = torch.randn(p.shape)
             opt.step()
         return params, opt
-    (theirs, _), (ours, opt) = run(torch.optim.Muon), run(fast.Muon, precise=precise)
+    (theirs, _), (ours, opt) = run(torch.optim.Muon), run(optimizers.Muon, precise=precise)
     # bf16 rounds each of fifteen products to 2^-9 of its value; the same rounding in one order and the other
     assert max((a - b).abs().max().item() for a, b in zip(theirs, ours)) < (0.02 if precise else 0.004)
     assert all(set(state) == {'momentum_buffer'} for state in opt.state_dict()['state'].values())
@@ -270,9 +271,9 @@ def test_orthogonalized_is_the_polynomials_of_the_singular_values():
     for shape in ((3, 12, 5), (3, 5, 12), (2, 8, 8)):
         x = torch.randn(shape, dtype=torch.float64)
         u, s, vh = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
-        for a, b, c in fast.POLAR:
+        for a, b, c in optimizers.POLAR:
             s = a * s + b * s**3 + c * s**5
-        assert torch.allclose(fast.orthogonalized(x, 1e-7), u @ torch.diag_embed(s) @ vh, atol=1e-9)
+        assert torch.allclose(optimizers.orthogonalized(x, 1e-7), u @ torch.diag_embed(s) @ vh, atol=1e-9)
 
 
 def test_polar_polynomials_are_the_best_of_their_intervals():
@@ -280,7 +281,7 @@ def test_polar_polynomials_are_the_best_of_their_intervals():
     import numpy as np
     from scipy.optimize import linprog
     low, high = 0.01, 1.02
-    for polynomial in fast.POLAR:
+    for polynomial in optimizers.POLAR:
         s = np.linspace(low, high, 2000)
         powers = np.stack((s, s**3, s**5), axis=1)
         ones = np.ones((len(s), 1))
@@ -298,7 +299,7 @@ def test_orthogonalized_matrices_of_rank_one_stay_small(dtype):
     torch.manual_seed(11)
     for _ in range(50):
         x = torch.outer(torch.randn(64), torch.randn(128))[None].to(dtype)
-        assert 0.6 < fast.orthogonalized(x, 1e-7).float().norm() < 1.6
+        assert 0.6 < optimizers.orthogonalized(x, 1e-7).float().norm() < 1.6
 
 
 def test_kept_memory_is_asked_for_where_there_is_glibc(monkeypatch):
@@ -334,17 +335,14 @@ def test_a_graphed_step_trains_the_same(micro_steps, monkeypatch):
     def run(graphed):
         torch.manual_seed(8)
         net = GPT(GPTConfig(**SMALL))
-        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
-
-        def update(batches):
-            loss = sum(net(x, y)[1] for x, y in batches)
-            descend(net, loss, optimizers, parts)
-            return loss.detach(), torch.zeros(())
-        step, losses = fast.Graphed(update, optimizers), []   # which makes tensors of the rates, for both
-        step = step if graphed else update
+        made = muon_of(net)
+        losses = []
+        plain = step_of(net, made)
+        step = fast.Graphed(plain, made)   # makes tensors of the rates, for both
+        if not graphed:
+            step = plain
         for i in range(10):
-            for opt in optimizers:
-                fast.set_rate(opt, 1 - i / 10)
+            made.set_rates(1 - i / 10)
             losses.append(step([(torch.randint(61, (2, 8)), torch.randint(61, (2, 8))) for _ in range(micro_steps)])[0])
         return [*losses, *net.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(run(False), run(True)))
@@ -356,16 +354,13 @@ def test_a_cuda_graph_trains_the_same():
     def run(graphed):
         torch.manual_seed(9)
         net = GPT(GPTConfig(**SMALL, dropout=0.2)).cuda()
-        optimizers, parts = fast.make_optimizers(net, 'muon', 1e-3, 0.01, 0.1, (0.9, 0.95))
-
-        def update(batches):
-            loss = net(*batches[0])[1]
-            descend(net, loss, optimizers, parts)
-            return loss.detach(), torch.zeros((), device='cuda')
-        step, losses = fast.Graphed(update, optimizers) if graphed else update, []
+        made = muon_of(net)
+        losses = []
+        step = step_of(net, made)
+        if graphed:
+            step = fast.Graphed(step, made)
         for i in range(10):
-            for opt in optimizers:
-                fast.set_rate(opt, 1 - i / 10)
+            made.set_rates(1 - i / 10)
             idx = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(i)).cuda()
             torch.manual_seed(i)
             losses.append(step([(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())])[0])
@@ -376,7 +371,7 @@ def test_a_cuda_graph_trains_the_same():
 def test_one_autocast_context_leaves_the_gradients():
     """Four micro-steps in bf16 under one autocast context, as train.py has them: the gradients of four contexts, to the bit."""
     torch.manual_seed(10)
-    net = fast.speed_up(GPT(GPTConfig(**SMALL)))
+    net = faster(GPT(GPTConfig(**SMALL)))
     batches = [torch.randint(61, (2, 17)) for _ in range(4)]
 
     def gradients(outer):

@@ -22,9 +22,8 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY, read_log, same_weights, without_times
 
-import checkpoint
-import data
-from data import unzip
+from lib import checkpoint, prepare
+from lib.prepare import unzip
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -289,7 +288,7 @@ def test_one_ranks_error_ends_all(mini, process):
     with open('data/mini/meta.pkl', 'wb') as f:
         pickle.dump(dict(itos=dict(enumerate(meta['tokenizer']['chars']))), f)
     started = time.monotonic()
-    code = 'import data, runpy, sys; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
+    code = 'import runpy, sys; from lib import data; data.VERIFY_BELOW = 0; sys.argv[0] = sys.argv[1]; del sys.argv[1]; ' \
            'runpy.run_path(sys.argv[0], run_name="__main__")'
     (mini / 'start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {code}')
     done = subprocess.run([PYTHON, *TORCHRUN, 'start.py', str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2',
@@ -320,7 +319,7 @@ def test_disk_that_fills_up(mini):
     code = f'''
 import resource, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint
+from lib import checkpoint
 save, saves = checkpoint.save, []
 def limited(*args, **options):
     saves.append(1)
@@ -394,7 +393,7 @@ def test_memory_stays_flat_on_20_gigabytes(folder):
     code = f'''
 import resource, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import data
+from lib import data
 data.RELEASE_AFTER = 2 << 20
 with open('data/big/meta.pkl', 'wb') as f:
     __import__('pickle').dump(dict(itos={{0: 'a'}}), f)
@@ -559,13 +558,13 @@ def test_download_is_taken_up_where_it_broke_off(folder, flaky, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
     body = random.Random(0).randbytes(300_000)
     url, seen = flaky(body, [100_000, 50_000, 'all'])
-    data.download(url, 'file', len(body), digest(body))
+    prepare.download(url, 'file', len(body), digest(body))
     assert (folder / 'file').read_bytes() == body and len(seen) == 3 and seen[0] is None
     resumed = [int(wanted.removeprefix('bytes=').removesuffix('-')) for wanted in seen[1:]]
     assert 0 < resumed[0] <= 100_000 < resumed[1] <= 150_000
     (folder / 'other.part').write_bytes(body[:7])   # left by a process that was killed
     url, seen = flaky(body, ['no ranges'])
-    data.download(url, 'other', len(body), digest(body))
+    prepare.download(url, 'other', len(body), digest(body))
     assert (folder / 'other').read_bytes() == body and sorted(os.listdir()) == ['file', 'other']
 
 
@@ -575,7 +574,7 @@ def test_failed_downloads_leave_nothing(folder, flaky, monkeypatch, plan):
     body = b'<html>' * 1000
     url, seen = flaky(body, plan)
     with pytest.raises(OSError):
-        data.download(url, 'file', 300_000 if plan != ['all'] else len(body), digest(b'something else'))
+        prepare.download(url, 'file', 300_000 if plan != ['all'] else len(body), digest(b'something else'))
     assert os.listdir() == [] and len(seen) < 200
 
 

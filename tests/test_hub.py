@@ -12,8 +12,7 @@ import transformers
 from conftest import ROOT, TEXT, read_log
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import data
+from lib import checkpoint, data, prepare, tokenizers
 from model import GPT, GPTConfig
 
 transformers.logging.set_verbosity_error()
@@ -186,7 +185,7 @@ def harm(kind):
 @pytest.mark.parametrize('kind, word', [
     ('llama', 'llama'), ('epsilon', 'layer_norm_epsilon=1e-06'), ('inner', 'n_inner=7'), ('activation', 'silu'), ('layers', 'n_layer=1000000000'),
     ('text', "n_layer='5'"), ('heads', 'n_head'), ('scaled', 'scale_attn_by_inverse_layer_idx'), ('vocabulary', 'transformer.wte.weight'),
-    ('list', 'activation_function'), ('null', 'n_embd=None'), ('no config', 'config.json'), ('no json', 'Expecting'), ('no object', 'no GPT-2'),
+    ('list', 'activation_function'), ('null', 'n_embd=None'), ('no config', 'config.json'), ('no json', 'Expecting'), ('no object', 'not a supported GPT-2'),
     ('no weights', 'model.safetensors'), ('missing', 'transformer.h.3.mlp.c_fc.weight'), ('unexpected', 'score.weight'),
     ('not finite', 'not finite'), ('integers', 'not finite numbers'), ('cut', 'model.safetensors'), ('offsets', 'model.safetensors'), ('huge header', 'model.safetensors')])
 def test_what_is_no_gpt2_is_refused(folder, refused, kind, word):
@@ -205,7 +204,7 @@ def test_name_that_does_not_exist(mini, refused, monkeypatch):
 
 def test_a_name_that_was_nearly_typed(mini, refused, monkeypatch):
     """A short line at once: neither the hub is asked nor explained."""
-    monkeypatch.setattr('checkpoint.fetch_pretrained', None)
+    monkeypatch.setattr('lib.checkpoint.fetch_pretrained', None)
     for script in ('train.py', 'sample.py', 'evaluate.py', 'analyze.py', 'export_hf.py'):
         to = ['--to=new'] * (script == 'export_hf.py')
         nearly = dict(resum='resume', distillgpt2='distilgpt2') | {'gpt2-larg': 'gpt2-large'}
@@ -235,8 +234,8 @@ def test_a_name_on_the_hub_without_a_network(folder, refused, process, monkeypat
 
 @pytest.mark.parametrize('kind', ['gpt2', 'byte', 'char'])
 def test_tokenizer_files(folder, gpt2_files, kind):
-    ours = data.make_tokenizer(kind, ''.join(TEXTS) + '<|endoftext|> ab')
-    for name, content in data.hf_tokenizer_files(ours, 64).items():
+    ours = tokenizers.make_tokenizer(kind, ''.join(TEXTS) + '<|endoftext|> ab')
+    for name, content in tokenizers.hf_tokenizer_files(ours, 64).items():
         Path(name).write_text(content, encoding='utf-8')
     theirs = transformers.AutoTokenizer.from_pretrained('.')
     for text in [*TEXTS, 'a<|endoftext|> b', '  ' * 50, ''.join(TEXTS) * 3]:
@@ -244,27 +243,27 @@ def test_tokenizer_files(folder, gpt2_files, kind):
         assert theirs.encode(text, add_special_tokens=False) == ids, text
         assert theirs.decode(ids) == text
     assert theirs.eos_token == ('<|endoftext|>' if kind == 'gpt2' else None)
-    assert data.read_hf_tokenizer('.').state() == ours.state()
+    assert tokenizers.read_hf_tokenizer('.').state() == ours.state()
 
 
 def test_vocabulary_of_another_language(folder, gpt2_files):
     """As many tokens as GPT-2 and other ones: never taken for GPT-2's."""
-    for name, content in data.hf_tokenizer_files(data.make_tokenizer('gpt2'), 64).items():
+    for name, content in tokenizers.hf_tokenizer_files(tokenizers.make_tokenizer('gpt2'), 64).items():
         Path(name).write_text(content, encoding='utf-8')
     content = json.loads(Path('tokenizer.json').read_text(encoding='utf-8'))
     vocab = content['model']['vocab']
     Path('vocab.json').write_text(json.dumps({**vocab, '<|endoftext|>': 50256}))
     assert content['model']['merges'][:3] == [['Ġ', 't'], ['Ġ', 'a'], ['h', 'e']]   # the first ones of GPT-2's merges.txt
     os.rename('tokenizer.json', 'kept')
-    assert data.read_hf_tokenizer('.').state() == dict(kind='gpt2')
+    assert tokenizers.read_hf_tokenizer('.').state() == dict(kind='gpt2')
     vocab['Ġthe'], vocab['Ġof'] = vocab['Ġof'], vocab['Ġthe']
     Path('vocab.json').write_text(json.dumps(vocab))
     with pytest.raises(ValueError, match='neither'):
-        data.read_hf_tokenizer('.')
+        tokenizers.read_hf_tokenizer('.')
     for text in ('{', '[]', '{"model": 3}', '{"a": [1]}', 'null'):
         Path('vocab.json').write_text(text)
         with pytest.raises(ValueError, match=r'vocab\.json'):
-            data.read_hf_tokenizer('.')
+            tokenizers.read_hf_tokenizer('.')
 
 
 # ---- the scripts ---------------------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def test_export(trained, folder, script):
 def test_export_with_the_other_tokenizers(folder, script, gpt2_files, kind):
     """Text in, greedy text out, in transformers and here; ids above the tokenizer's are padding."""
     torch.manual_seed(0)
-    tokenizer = data.make_tokenizer(kind)
+    tokenizer = tokenizers.make_tokenizer(kind)
     model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size + 47, n_layer=1, n_head=1, n_embd=8))
     torch.nn.init.normal_(model.transformer.wte.weight)
     checkpoint.save('a.pt', dict(format=1, model=model.state_dict(), model_args=asdict(model.config), tokenizer=tokenizer.state()))
@@ -353,10 +352,10 @@ def test_fine_tuning_ones_own_export(trained, mini, script, refused):
     assert checkpoint.load('out-more/last.pt')['model_args']['block_size'] == 16
     assert json.load(open('out-more/config.json'))['block_size'] == 16
     # data of another tokenizer: the advice makes data that the model can be trained on
-    tokenizer = data.ByteTokenizer()
+    tokenizer = tokenizers.ByteTokenizer()
     splits = {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}
     source = dict(name='bytes', url=None, sha256='', stand_in=False)
-    data.write_dataset('data/bytes', splits, tokenizer, source)
+    prepare.write_dataset('data/bytes', splits, tokenizer, source)
     words = ['out-hf', 'another tokenizer', 'same characters']
     line = refused('train.py', *flags, '--dataset=bytes', words=words)
     assert 'FROM:' not in line   # which takes a checkpoint file
@@ -382,7 +381,7 @@ def test_advice_for_an_export_of_bytes(mini, script, refused):
                                               ('train_enwik8_gpt2', 163_037_184)])
 def test_sizes_of_the_configs(folder, name, parameters):
     """To the last parameter, on whatever device."""
-    from configurator import configure
+    from lib.configurator import configure
     text = (ROOT / 'train.py').read_text().partition('# ---- knobs')[2].partition('knobs, given')[0]
     for device in ('cpu', 'cuda'):
         knobs = {}
@@ -506,7 +505,7 @@ def test_nanogpt_optimizer_is_matched_by_parameter(mini):
 def test_nanogpt_bpe(folder, script, gpt2_files):
     """Token files without any meta are GPT-2's BPE."""
     os.makedirs('data/owt')
-    ids = data.make_tokenizer('gpt2').encode(TEXT)
+    ids = tokenizers.make_tokenizer('gpt2').encode(TEXT)
     for split in ('train', 'val'):
         np.asarray(ids, dtype=np.uint16).tofile(f'data/owt/{split}.bin')
     nanogpt_checkpoint('ckpt.pt', vocab_size=50304, dataset='owt')

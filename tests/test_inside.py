@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import inside
+from lib import inside
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=3, n_head=4, n_embd=32)
@@ -55,11 +55,11 @@ def test_only_what_is_named_is_watched_and_nothing_changes(net):
 
 
 def test_hooks_are_gone_after_an_exception(net):
-    attends = [block.attn.attend for block in net.transformer.h]
+    attends = [block.attn.attention for block in net.transformer.h]
     for context in (inside.watched(net, [0, 2], outputs=True), inside.zeroed(net, [(0, 1), (2, 3)])):
         with pytest.raises(ZeroDivisionError), context:
             raise ZeroDivisionError
-        assert [block.attn.attend for block in net.transformer.h] == attends
+        assert [block.attn.attention for block in net.transformer.h] == attends
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
         assert torch.is_grad_enabled()
 
@@ -69,7 +69,7 @@ def test_layers_that_are_not_there(net, layers, words):
     with pytest.raises(ValueError) as error, inside.watched(net, layers):
         pass
     assert all(word in str(error.value) for word in words)
-    assert net.transformer.h[0].attn.attend is not None
+    assert net.transformer.h[0].attn.attention is not None
 
 
 def test_heads_that_are_not_there(net):

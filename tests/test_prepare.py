@@ -20,9 +20,9 @@ from conftest import KILL, PYTHON, ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import data
-from data import END_OF_TEXT, Dataset
+from lib import checkpoint, data, prepare
+from lib.data import Dataset
+from lib.tokenizers import END_OF_TEXT
 
 
 def read(name, split):
@@ -36,7 +36,7 @@ def read(name, split):
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.text(st.sampled_from("ab1'!. \n\t\r\x1c\x85\u00a0\u3000é你e\u0301🎉st<|endoftext|>"), max_size=40), max_size=8), st.integers(1, 20))
 def test_pieces_are_the_text_and_cut_where_gpt2_cuts(blocks, size):
-    text, parts = ''.join(blocks), list(data.pieces(blocks, size))
+    text, parts = ''.join(blocks), list(prepare.pieces(blocks, size))
     assert ''.join(parts) == text and all(parts)
     assert all(len(part) <= 16 * size + len(max(blocks, key=len)) for part in parts)
     if (SHARED / 'tiktoken').exists():
@@ -48,7 +48,7 @@ def test_pieces_are_the_text_and_cut_where_gpt2_cuts(blocks, size):
 
 
 def test_a_run_without_a_blank_is_cut_by_force():
-    parts = list(data.pieces(['x' * 1000] * 100, 100))
+    parts = list(prepare.pieces(['x' * 1000] * 100, 100))
     assert ''.join(parts) == 'x' * 100_000 and max(map(len, parts)) <= 1600 + 1000
 
 
@@ -255,7 +255,7 @@ def test_interrupted_in_the_middle_of_the_others(folder, name):
         f.write(b'<mediawiki xmlns=')
         for _ in range(900):
             f.write(os.urandom(50_000).hex().encode() + b'\n')
-    slow = 'import os, time, data; real = data.np.asarray; data.np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
+    slow = 'import os, time; import numpy as np; real = np.asarray; np.asarray = lambda ids: (time.sleep(0.2), real(ids))[1]'
     Path('start.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); {slow}; import runpy; runpy.run_path({str(ROOT / name)!r}, run_name="__main__")')
     run = subprocess.Popen([PYTHON, 'start.py', '--input=b.txt', *['--partial'] * ('enwik8' in name)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -318,7 +318,7 @@ def validation_characters(sizes, chosen):
        .filter(lambda sizes: sum(sizes) >= 2),
        st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.1, 0.5, 0.9, 1e-9, 1 - 1e-9])))
 def test_the_share_is_within_a_document_or_exact(sizes, share):
-    chosen = data.split_documents(array('q', sizes), share)
+    chosen = prepare.split_documents(array('q', sizes), share)
     total = sum(sizes)
     characters = validation_characters(sizes, chosen)
     least = 2 if total >= 4 else 1
@@ -337,7 +337,7 @@ def test_the_share_is_within_a_document_or_exact(sizes, share):
     ([96, 288_910 - 96], 0.1, [], 1, 259_923), ([2000, 1_115_394, 2000, 2000], 0.1, [], 1, 1_003_254),
     ([12, 10], 0.9, [1], 0, 2)])   # the largest alone would be too short for what validation is owed
 def test_choice_of_documents(sizes, share, taken, cut, at):
-    chosen = data.split_documents(array('q', sizes), share)
+    chosen = prepare.split_documents(array('q', sizes), share)
     assert [i for i, byte in enumerate(chosen.validation) if byte] == taken
     assert (chosen.cut, chosen.at) == (cut, at)
 
@@ -566,13 +566,13 @@ def test_other_json(folder, refused, script, content, words):
 
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
     Path('a.txt').write_text('some text ' * 100)
-    real = data.split_documents
+    real = prepare.split_documents
 
     def choose(*given):
         with open('a.txt', 'a') as f:
             f.write(END_OF_TEXT + 'more')
         return real(*given)
-    monkeypatch.setattr(data, 'split_documents', choose)
+    monkeypatch.setattr(prepare, 'split_documents', choose)
     refused('prepare_text.py', '--input=a.txt', '--name=mine', words=['a.txt changed while it was read'])
     assert not os.path.exists('data/mine')
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from conftest import COMPILED, PYTHON, ROOT, SHARED
 
-from data import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_dataset
+from lib.prepare import write_dataset
+from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -234,10 +235,10 @@ def test_links_and_shapes():
     for name, module in net.named_modules():
         if name and not name.endswith(('.h', '.drop')):
             module.register_forward_hook(note(name))
-    attend = net.transformer.h[0].attn.attend
-    net.transformer.h[0].attn.attend = lambda q, k, v, dropout: seen.update(q=tuple(q.shape)) or attend(q, k, v, dropout)
+    attend = net.transformer.h[0].attn.attention
+    net.set_attention({0: lambda q, k, v, dropout: seen.update(q=tuple(q.shape)) or attend(q, k, v, dropout)})
     logits, loss = net(torch.zeros(32, 64, dtype=torch.long), torch.zeros(32, 64, dtype=torch.long))
-    for line, names in {'wte + wpe': ['transformer.wte'], 'h.0.attn.c_attn': ['transformer.h.0.attn.c_attn', 'q'], 'attend': ['q'],
+    for line, names in {'wte + wpe': ['transformer.wte'], 'h.0.attn.c_attn': ['transformer.h.0.attn.c_attn', 'q'], 'attention ': ['q'],
                         'h.0.attn.c_proj': ['transformer.h.0.attn.c_proj'], 'h.0.mlp.c_fc': ['transformer.h.0.mlp.c_fc'],
                         'h.0.mlp.c_proj': ['transformer.h.0.mlp.c_proj'], 'ln_f': ['transformer.ln_f'], 'lm_head': ['lm_head']}.items():
         row = next(row for row in path.splitlines() if line in row)
@@ -254,7 +255,7 @@ def test_model_py_alone(tmp_path):
 import sys
 sys.modules.update(dict.fromkeys(('numpy', 'transformers', 'tiktoken', 'matplotlib', 'requests', 'scipy')))   # an import of them fails
 import torch, model
-assert not {'data', 'runtime', 'checkpoint', 'configurator', 'fast', 'decoding'} & set(sys.modules)
+assert 'lib' not in sys.modules
 net = model.GPT(model.GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
 x = torch.arange(8)[None]
 optimizer = torch.optim.AdamW(net.optimizer_groups(0.1), lr=1e-2)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import TEXT
 
-import checkpoint
-from data import CharTokenizer, as_typed, read_prompt
+from lib import checkpoint
+from lib.console import as_typed, read_prompt
+from lib.tokenizers import CharTokenizer
 from model import GPT, GPTConfig
 
 
@@ -171,7 +172,8 @@ def test_extreme_knobs_still_draw(sample, flag):
 
 def test_int8_beside_another_dataset_of_that_name(sample, folder):
     """Its loss is not measured on tokens that mean something else."""
-    from data import ByteTokenizer, write_dataset
+    from lib.prepare import write_dataset
+    from lib.tokenizers import ByteTokenizer
     tokenizer = ByteTokenizer()
     write_dataset('data/mini', {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}, tokenizer,
                   dict(name='mini', url=None, sha256='', stand_in=False))

@@ -9,7 +9,7 @@ for copy in with without; do
     mkdir "$work/$copy"
     git ls-files -z | xargs -0 cp --parents -t "$work/$copy"
 done
-rm "$work"/without/{inside,analyze}.py "$work"/without/report.html
+rm "$work"/without/{analyze,lib/inside}.py "$work"/without/lib/report.html
 for pair in 1 2 3 4 5 6; do
     for copy in with without; do
         (cd "$work/$copy" && python train.py config/train_shakespeare_char.py --data_dir="$data" --max_iters=300 \

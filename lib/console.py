@@ -1,5 +1,5 @@
 """
-What the scripts say and write: progress, notes and errors on stderr, results on stdout.
+The console: progress, notes and errors go to stderr, results to stdout, prompts come from stdin.
 
 A console can fail at any time: a reader such as `head` ends, a terminal is closed, the disk under
 a log file fills up. That never stops training or saving: text that a broken stderr cannot take is
@@ -7,6 +7,7 @@ dropped. A result that stdout cannot take ends the script with exit code 2. Wher
 stdout has ended, the script ends without a word.
 """
 import atexit
+import io
 import os
 import sys
 
@@ -83,3 +84,50 @@ def write(text):
     except OSError as error:
         fail(f'stdout cannot be written ({error.strerror}); '
              f'type > FILE behind the command, on a disk with room')
+
+
+def as_typed(text):
+    """Return a word of the command line as the text that was typed.
+
+    In a locale of ASCII, Python hands each byte of a character above 127 on as half of a surrogate
+    pair. Text that was not typed in UTF-8 is returned as it is."""
+    try:
+        return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:   # other halves of pairs, from a config file or from Windows
+        return text
+
+
+def read_prompt(start, longest=1 << 24):
+    """Return the text that a knob `start` stands for: itself, FILE:path, or - for standard input.
+
+    Line ends stay as they are. Fails for more than `longest` characters."""
+    if start == '-' and sys.stdin is None:
+        fail('--start=- reads standard input, and there is none; '
+             'type --start=TEXT or --start=FILE:path')
+    try:
+        if start == '-':
+            text = _read_stdin(longest + 1)
+        elif start.startswith('FILE:'):
+            path = os.path.expanduser(start.removeprefix('FILE:'))
+            # utf-8-sig skips the mark with which editors on Windows begin a file
+            with open(path, encoding='utf-8-sig', newline='') as f:
+                text = f.read(longest + 1)
+        else:
+            text = as_typed(start)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
+    if len(text) > longest:
+        fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; '
+             f'type --start=FILE:path for a shorter one')
+    return text
+
+
+def _read_stdin(longest):
+    """Return at most `longest` characters of standard input, which is UTF-8 in any locale."""
+    if not hasattr(sys.stdin, 'buffer'):   # replaced by a stream of text
+        return sys.stdin.read(longest).removeprefix('\ufeff')
+    decoded = io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8-sig', newline='')
+    try:
+        return decoded.read(longest)
+    finally:
+        decoded.detach()   # collecting `decoded` would close standard input

@@ -20,7 +20,7 @@ import sys
 import tokenize
 import traceback
 
-from console import fail, open_console, write
+from lib.console import fail, open_console, write
 
 PLAIN = (bool, int, float, str, type(None))
 # Knobs that name a file or a folder. Shells do not expand the ~ in --key=~/file.

@@ -1,0 +1,430 @@
+"""
+An existing dataset: how it is found, opened and verified, and how it is cut into batches.
+
+A dataset is a folder, data/<name>/, with train.bin, val.bin (test.bin) and meta.json. The .bin
+files, or their shards train_000.bin, train_001.bin, ..., are raw little-endian uint16, uint32 for a
+vocabulary above 65,536, and nothing else. meta.json says how to read them and what they must hash
+to. Datasets made by nanoGPT are read as well.
+"""
+import glob
+import hashlib
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import shlex
+
+import numpy as np
+import torch
+
+from lib.console import fail, tell
+from lib.tokenizers import load_tokenizer
+
+# Bytes. Of a larger file, the size is checked when it is opened, and the range of its tokens as
+# they are read.
+VERIFY_BELOW = 64 << 20
+RELEASE_AFTER = 256 << 20   # bytes read from the files before their pages are given back
+PREPARE = {
+    'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
+    'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
+    'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2',
+    'openwebtext': 'python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2',
+    'enwik8': 'python prepare_enwik8.py --tokenizer=byte',
+    'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
+
+
+# ---- finding a dataset ---------------------------------------------------------------------------
+
+def open_dataset(name, data_dir='data', needs=('train', 'val')):
+    """Return the Dataset of that name. Fail where a split it needs is missing."""
+    folder, ready = find_dataset(name, data_dir, needs)
+    if not ready:
+        fail(missing(name, data_dir, needs))
+    return Dataset(name, data_dir)
+
+
+def open_first(name, data_dirs, split, tokenizer):
+    """Return the Dataset of that name from the first of data_dirs that has the split.
+
+    Fail where none has it. tokenizer: the model's, whose kind a dataset made anew should have."""
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        make = how_to_make(name, tokenizer.state()['kind'], data_dirs[0])
+        fail(f'{not_found(name, data_dirs, split)}; type --data_dir=FOLDER for the folder that '
+             f'holds {name}, or make it first: {make}')
+    return Dataset(name, data_dir)
+
+
+def with_split(name, tokenizer, data_dirs, split='val'):
+    """Return (the Dataset of that name from the first of data_dirs that has the split, '').
+
+    Return (None, the reason) where none has it, where the dataset's tokenizer is another than
+    `tokenizer`, and where the name is empty."""
+    if not name:
+        return None, 'the dataset it was trained on is not known'
+    data_dir = first_with(name, data_dirs, split)
+    if data_dir is None:
+        return None, not_found(name, data_dirs, split)
+    data = Dataset(name, data_dir)
+    if data.tokenizer.state() != tokenizer.state():
+        return None, f'{data.folder} has another tokenizer than the model'
+    return data, ''
+
+
+def find_dataset(name, data_dir='data', needs=('train', 'val'), knob='dataset'):
+    """Return (the folder of a dataset, whether it has the splits in `needs`).
+
+    Fail for a name that is a path. knob: the name of the knob that named the dataset."""
+    if not re.fullmatch(r'[\w][\w.-]*', name):
+        example = 'shakespeare_char' if knob == 'dataset' else 'mine'
+        fail(f'{knob}={name!r} is not a name: letters, digits, _ - and . are allowed, and its '
+             f'folder is in {data_dir}/; type --{knob}={example}')
+    folder = os.path.join(data_dir, name)
+    return folder, all(shards_of(folder, split) for split in needs)
+
+
+def first_with(name, data_dirs, split):
+    """Return the first of data_dirs in which the dataset of that name has the split, or None."""
+    for data_dir in data_dirs:
+        _, ready = find_dataset(name, data_dir, needs=(split,))
+        if ready:
+            return data_dir
+    return None
+
+
+def shards_of(folder, split, all_of_them=False):
+    """Return the files of a split: train.bin alone, or train_000.bin, train_001.bin, ... in order.
+
+    all_of_them: return the shards that lie beside a train.bin too."""
+    pattern = os.path.join(glob.escape(folder), f'{split}_[0-9]*.bin')
+    shards = sorted(glob.glob(pattern), key=lambda path: (len(path), path))
+    whole = os.path.join(folder, f'{split}.bin')
+    if not os.path.isfile(whole):
+        return shards
+    if all_of_them:
+        return [whole, *shards]
+    return [whole]
+
+
+# ---- what to say where there is no dataset -------------------------------------------------------
+
+def missing(name, data_dir, needs=('train', 'val'), why=''):
+    """Return the error for a dataset without some of the splits in `needs`.
+
+    why: more about it, as the end of a clause."""
+    folder = os.path.join(data_dir, name)
+    files = [f'{split}.bin' for split in needs if not shards_of(folder, split)]
+    return (f'{folder} has no {" and ".join(files)}{why}; make it first: '
+            f'{how_to_make(name, data_dir=data_dir)}')
+
+
+def not_found(name, data_dirs, split):
+    """Return the clause that none of data_dirs has that split of a dataset."""
+    folders = [os.path.join(data_dir, name) for data_dir in data_dirs]
+    return f'no {split}.bin of {name} in {" or ".join(folders)}'
+
+
+def how_to_make(name, tokenizer='char', data_dir='data'):
+    """Return the command that makes the dataset of that name in data_dir.
+
+    tokenizer: the kind to advise for a dataset of the user's own text."""
+    own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
+    command = PREPARE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
+    if data_dir != 'data':
+        command += f' --data_dir={shlex.quote(data_dir)}'
+    return command
+
+
+# ---- an open dataset -----------------------------------------------------------------------------
+
+class Dataset:
+    """data/<name>/, opened.
+
+    tokenizer and vocab_size describe its tokens, and split() returns them. meta holds what
+    meta.json says."""
+
+    def __init__(self, name, data_dir='data'):
+        self.name = name
+        self.data_dir = data_dir
+        self.folder = os.path.join(data_dir, name)
+        self.again = f'type {how_to_make(name, data_dir=data_dir)} to make it again'
+        try:
+            self.meta = read_meta(self.folder)
+            self.dtype = {'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']]
+            self.tokenizer = load_tokenizer(self.meta['tokenizer'])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                EOFError, MemoryError, pickle.UnpicklingError) as error:   # it can hold anything
+            fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); '
+                 f'{self.again}')
+        self.vocab_size = self.tokenizer.vocab_size
+        kind = self.tokenizer.state()['kind']
+        self.again = f'type {how_to_make(name, kind, data_dir)} to make it again'
+        self.opened = {}   # {split: its shards}
+        self.maps = []     # the memory maps of all shards
+
+    def split(self, split):
+        """Return a split's shards, each a memory-mapped array of tokens.
+
+        They are verified once. Fail where a file is missing or is not what meta.json says."""
+        if split not in self.opened:
+            self.opened[split] = self._open(split)
+        return self.opened[split]
+
+    def _open(self, split):
+        """Return a split's shards, opened and verified."""
+        paths = shards_of(self.folder, split)
+        if not paths:
+            fail(f'{self.folder}: no {split}.bin; {self.again}')
+        tokens, hashes = self._expected(split)
+        sizes = [self._size(path) for path in paths]
+        if tokens is not None:
+            size = tokens * self._token_size()
+            if sum(sizes) != size or set(hashes) != {os.path.basename(path) for path in paths}:
+                fail(f'{self.folder}: {split}.bin disagrees with meta.json: {sum(sizes):,} bytes '
+                     f'in {len(paths)} file(s), where {size:,} in {len(hashes)} are expected; '
+                     f'{self.again}')
+        shards = []
+        for path, size in zip(paths, sizes):
+            shards.append(self._open_shard(path, size, hashes.get(os.path.basename(path))))
+        return shards
+
+    def _expected(self, split):
+        """Return (a split's number of tokens, {file: SHA-256}) from meta.json.
+
+        Return (None, {}) where meta.json does not mention the split."""
+        try:
+            known = self.meta.get('splits', {}).get(split)
+            if not known:
+                return None, {}
+            return int(known['tokens']), dict(known['sha256'])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            fail(f'{self.folder}/meta.json does not describe {split}.bin; {self.again}')
+
+    def _open_shard(self, path, size, sha256):
+        """Return a token file of `size` bytes as an array. sha256: None where it is not known."""
+        if size == 0:
+            fail(f'{path} is empty; {self.again}')
+        if size % self._token_size():
+            fail(f'{path}: {size} bytes are not a whole number of {self._token_size()}-byte '
+                 f'tokens; {self.again}')
+        try:
+            with open(path, 'rb') as f:
+                pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            self._unreadable(path, error)
+        self.maps.append(pages)
+        shard = np.frombuffer(pages, dtype=self.dtype)
+        if size <= VERIFY_BELOW:
+            if sha256 is not None and hashlib.sha256(shard).hexdigest() != sha256:
+                fail(f'{path} disagrees with meta.json: its SHA-256 is another; {self.again}')
+            self.check_range(shard, path)
+        return shard
+
+    def _token_size(self):
+        """Return the bytes of a token."""
+        return int(self.dtype[-1])
+
+    def _size(self, path):
+        """Return the bytes in a token file. Fail where the system does not tell."""
+        try:
+            return os.path.getsize(path)
+        except OSError as error:
+            self._unreadable(path, error)
+
+    def _unreadable(self, path, error):
+        """Fail for a token file that the system does not let us read."""
+        reason = error.strerror or error
+        fail(f'{path} cannot be read ({reason}); make it readable, or {self.again}')
+
+    def check_range(self, tokens, where):
+        """Fail for a token outside the vocabulary: it would index past the end of the embedding.
+
+        where: the file or folder that the tokens are from."""
+        if tokens.max() >= self.vocab_size:
+            fail(f'{where}: token {tokens.max()} is outside the vocabulary, '
+                 f'0 to {self.vocab_size - 1}; {self.again}')
+
+    def release(self):
+        """Give the pages read so far back to the system.
+
+        Pages that were read count as this process's memory, which would grow to the size of the
+        whole dataset (nanoGPT #287)."""
+        for pages in self.maps:
+            if hasattr(pages, 'madvise'):   # not on Windows
+                pages.madvise(mmap.MADV_DONTNEED)
+
+    def stand_in_banner(self):
+        """Return the lines that every run on the stand-in text prints, '' for a real dataset."""
+        source = self.meta.get('source', {})
+        if not source.get('stand_in'):
+            return ''
+        real = source.get('instead_of', 'THE REAL TEXT')
+        lines = [f'THIS IS NOT {real}: a stand-in, {source.get("name")}',
+                 f'Why: {source.get("reason")}',
+                 f'With a network, replace it: {how_to_make(self.name, data_dir=self.data_dir)}']
+        rule = '=' * 80
+        return '\n'.join([rule, *(line[:300] for line in lines), rule])
+
+
+def read_meta(folder):
+    """Return what meta.json says, or its counterpart for a dataset made by nanoGPT.
+
+    Raises many kinds of errors for a file that holds something else."""
+    path = os.path.join(folder, 'meta.json')
+    if not os.path.exists(path):
+        return nanogpt_meta(folder)
+    with open(path, encoding='utf-8') as f:
+        meta = json.load(f)
+    for key in ('splits', 'source'):
+        if not isinstance(meta[key], dict):
+            raise TypeError(f'{key} is not an object')
+    return meta
+
+
+def nanogpt_meta(folder):
+    """Return meta for a dataset made by nanoGPT.
+
+    meta.pkl holds the characters. A dataset without this file is in GPT-2's BPE."""
+    path = os.path.join(folder, 'meta.pkl')
+    if not os.path.exists(path):
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            tell(f"note: {folder} has no meta.json: its tokens are taken for GPT-2's, "
+                 f"as nanoGPT's are")
+        return dict(tokenizer=dict(kind='gpt2'), dtype='uint16')
+    with open(path, 'rb') as f:
+        names = _PlainUnpickler(f).load()['itos']   # {id: character}
+    chars = ''.join(names[i] for i in range(len(names)))
+    if list(chars) != sorted(set(chars)):
+        raise ValueError('the characters of meta.pkl are not in order')
+    return dict(tokenizer=dict(kind='char', chars=chars), dtype='uint16')
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler of dicts, lists, strings and numbers that never imports or calls anything."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+# ---- windows and batches -------------------------------------------------------------------------
+
+class TrainingWindows:
+    """The endless sequence of training windows, a pure function of (seed, position).
+
+    A window is block_size + 1 tokens. An epoch visits every window once, shuffled, and lays them
+    from a new random offset. The number of windows in an epoch is the same for every offset.
+
+    Step i of a run takes the positions i * n to i * n + n - 1, where n is the size of the whole
+    global batch. So neither resuming nor the number of ranks changes what a step sees."""
+
+    def __init__(self, dataset, split, block_size, seed):
+        self.dataset = dataset
+        self.shards = dataset.split(split)
+        self.T = block_size
+        self.seed = seed
+        self.counts = [self._windows_in(len(shard)) for shard in self.shards]   # in an epoch
+        self.epoch = None   # the epoch that order and offsets are for
+        self.order = None   # the windows of all shards, shuffled
+        self.offsets = []   # where each shard's first window starts
+        self.read = 0       # bytes read since the pages were given back
+        if not sum(self.counts):
+            longest = max(map(len, self.shards))
+            advice = 'use more text'
+            if longest > 1:
+                advice = f'type --block_size={longest - 1} or less, or use more text'
+            fail(f'{dataset.folder}: the {split} split has {longest:,} tokens, fewer than '
+                 f'block_size={block_size} and one; {advice}')
+
+    def _windows_in(self, tokens):
+        """Return how many windows an epoch has in a shard of that many tokens.
+
+        Neighbouring windows share one token, so n windows span n * T + 1 tokens. T or more offsets
+        are possible. Only a shard that is too short for that has fewer: it has one window."""
+        if tokens <= self.T:
+            return 0
+        return max(1, (tokens - self.T) // self.T)
+
+    def __len__(self):
+        """Return the number of windows in an epoch."""
+        return sum(self.counts)
+
+    def _shuffle(self, epoch):
+        """Draw an epoch's order of windows and each shard's offset."""
+        rng = np.random.default_rng((self.seed, epoch))
+        self.epoch = epoch
+        self.order = rng.permutation(len(self))
+        self.offsets = []
+        for shard, count in zip(self.shards, self.counts):
+            offset = rng.integers(len(shard) - count * self.T) if count else 0
+            self.offsets.append(offset)
+
+    def batch(self, first, count):
+        """Return the windows first to first + count - 1 as x, y, (count, T) int64 each.
+
+        y is x shifted by one token."""
+        rows = np.empty((count, self.T + 1), dtype=np.int64)
+        ends = np.cumsum(self.counts)
+        for row, position in zip(rows, range(first, first + count)):
+            epoch, i = divmod(position, len(self))
+            if epoch != self.epoch:
+                self._shuffle(epoch)
+            shard = int(np.searchsorted(ends, self.order[i], side='right'))
+            window = self.order[i] - (ends[shard] - self.counts[shard])
+            start = self.offsets[shard] + window * self.T
+            row[:] = self.shards[shard][start:start + self.T + 1]
+        self.dataset.check_range(rows, self.dataset.folder)
+        self.read += rows.nbytes + count * (1 << 16)   # the system also maps pages around these
+        if self.read > RELEASE_AFTER:
+            self.read = 0
+            self.dataset.release()
+        x = torch.from_numpy(rows[:, :-1].copy())
+        y = torch.from_numpy(rows[:, 1:].copy())
+        return x, y
+
+
+def evaluation_batches(dataset, split, block_size, batch_size, batches=None, rank=0, ranks=1,
+                       stride=None):
+    """Yield x, y (B, T) int64 over a split, in order; each of its targets counts once.
+
+    Targets of -1 do not count: they pad the last windows. The windows do not depend on the ranks;
+    each rank gets its share of them.
+    batches: take the windows of that many batches, evenly spread, instead of all.
+    stride: tokens from a window to the next one, block_size if None. With a smaller stride, windows
+    overlap, and only the new targets count."""
+    stride = stride or block_size
+    shards = dataset.split(split)
+    counts = [_evaluation_windows(len(shard), block_size, stride) for shard in shards]
+    ends = np.cumsum(counts)
+    total = sum(counts)
+    if not total:
+        fail(f'{dataset.folder}: the {split} split has no two tokens in a row to predict; '
+             f'use more text')
+    taken = total
+    if batches is not None:
+        taken = min(total, batches * batch_size)
+    batch_size = min(batch_size, taken)
+    # all ranks take the same number of batches, and all batches have the same shape
+    for first_of_all in range(0, taken, batch_size * ranks):
+        x = np.zeros((batch_size, block_size), dtype=np.int64)
+        y = np.full((batch_size, block_size), -1, dtype=np.int64)
+        first = first_of_all + rank * batch_size
+        for row, i in enumerate(range(first, min(taken, first + batch_size))):
+            window = i * total // taken
+            shard = int(np.searchsorted(ends, window, side='right'))
+            start = (window - (ends[shard] - counts[shard])) * stride
+            tokens = np.asarray(shards[shard][start:start + block_size + 1], dtype=np.int64)
+            x[row, :len(tokens) - 1] = tokens[:-1]
+            y[row, :len(tokens) - 1] = tokens[1:]
+            if start:
+                y[row, :block_size - stride] = -1   # the window before has predicted these
+        dataset.check_range(np.maximum(x, y), dataset.folder)
+        yield torch.from_numpy(x), torch.from_numpy(y)
+
+
+def _evaluation_windows(tokens, block_size, stride):
+    """Return how many windows it takes to predict every token of a shard but the first."""
+    if tokens < 2:
+        return 0
+    return 1 + max(0, math.ceil((tokens - 1 - block_size) / stride))

@@ -1,0 +1,297 @@
+"""
+One token after another, as fast as the memory allows, for sample.py, evaluate.py and bench.py.
+
+A step of one token uses every weight once, so it takes as long as reading the weights. Three
+things help. `narrow` keeps the weights in bf16, or in int8 with a scale for each row.
+`compile_steps` reads them in loops that keep up with the memory. On a GPU, where launching some
+200 small kernels takes longer than running them, `graph_stream` replays a step as one CUDA graph.
+Figures: results/sampling/.
+"""
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lib.data import evaluation_batches
+from lib.evaluation import mean_loss
+from lib.runtime import aside, captured, cpu_has_avx512
+from model import Block, LayerCache, check_sampling, choose, fused_attention
+
+# ---- narrow weights ------------------------------------------------------------------------------
+
+class NarrowLinear(nn.Module):
+    """A finished linear layer with its weights in dtype or in int8.
+
+    In int8 a row of W is integers times the row's scale, max |row| / 127."""
+
+    def __init__(self, linear, dtype, int8):
+        super().__init__()
+        weight = linear.weight.detach()                                   # (out, in)
+        self.dtype = dtype
+        self.scale = None
+        if int8:
+            if dtype == torch.float16:   # sums of numbers up to 127 overflow fp16
+                self.dtype = torch.float32
+            self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)    # (out,)
+            weight = (weight / self.scale[:, None]).round().to(torch.int8)
+        else:
+            weight = weight.to(dtype)
+        self.weight = weight
+        self.words = None   # the same int8 weights, four in an int32, on processors that need it
+        on_processor = weight.device.type == 'cpu'
+        if int8 and on_processor and weight.size(1) % 4 == 0 and not cpu_has_avx512():
+            self.weight = interleaved(weight)                             # (out, in)
+            self.words = self.weight.view(torch.int32)                    # (out, in / 4)
+        self.bias = None if linear.bias is None else linear.bias.detach()     # (out,)
+
+    def forward(self, x):
+        """(..., in) -> (..., out), on a processor in fp32.
+
+        A processor's attention in bf16 takes 4 to 7 times as long as in fp32."""
+        shape = (*x.shape[:-1], self.weight.size(0))
+        x = x.reshape(-1, x.size(-1)).to(self.dtype)                      # (rows, in)
+        if x.size(0) == 1 and torch.compiler.is_compiling():
+            return self.finished(self.compiled_product(x[0].float()), shape)
+        if self.words is not None:
+            x = interleaved(x)
+        # From 8 rows on F.linear is faster. The int8 kernel reads 16 numbers at a time; where a row
+        # is not a multiple of them it reads past the end and crashes.
+        int8_kernel = self.scale is not None and x.device.type == 'cpu'
+        if int8_kernel and x.size(0) <= 4 and x.size(1) % 16 == 0:
+            ones = torch.ones_like(self.scale, dtype=self.dtype)
+            y = torch.ops.aten._weight_int8pack_mm(x, self.weight, ones)  # (rows, out)
+        else:
+            y = F.linear(x, self.weight.to(self.dtype))                   # (rows, out)
+        return self.finished(y, shape)
+
+    def compiled_product(self, x):
+        """Return W x for one vector, x (in,) -> (out,), written out for inductor.
+
+        Inductor reads W once, as fast as the memory allows, and F.linear half as fast. as_strided
+        makes it finish x first. Without it the norm or GELU that x comes from is computed anew for
+        every row of W (GPT-2 in bf16, a token: 11.9 instead of 9.0 ms)."""
+        x = x.as_strided(x.shape, x.stride())
+        if self.words is not None:
+            return product_of_words(self.words, x)
+        return (self.weight.float() * x).sum(dim=1)
+
+    def finished(self, y, shape):
+        """Return a product y with scale and bias, in the precision that forward promises."""
+        if self.scale is not None:
+            y = y * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(torch.float32 if y.device.type == 'cpu' else self.dtype).view(shape)
+
+
+def interleaved(matrix):
+    """Return a matrix (rows, in) with its columns in the order 0, n, 2n, 3n, 1, n + 1, ...
+
+    n = in / 4. Four neighbours of int8 then are the bytes of an int32 word, and byte j of all words
+    is a quarter of the row in order."""
+    rows, columns = matrix.shape
+    return matrix.reshape(rows, 4, columns // 4).transpose(1, 2).reshape(rows, columns)
+
+
+def product_of_words(words, x):
+    """Return W x for int8 weights W that are interleaved and read as int32.
+
+    words (out, in / 4), x (in,) -> (out,). With AVX2 only, inductor has no vector instruction that
+    makes a float of an int8, but it shifts and converts int32. A matrix of (3072, 768) takes 0.12
+    instead of 1.35 ms, and in fp32 0.32 (two cores of Zen 4 told to use AVX2 only)."""
+    quarter = words.size(1)
+    y = 0
+    for byte in range(4):
+        weights = ((words << (24 - 8 * byte)) >> 24).float()   # the shifts also extend the sign
+        y = y + weights * x[byte * quarter:(byte + 1) * quarter]
+    return y.sum(dim=1)
+
+
+def narrow(model, dtype, quantize=''):
+    """Replace a finished model's linear layers, the head among them, by narrow ones, in place.
+
+    Embeddings, of which a step reads a row, norms and the residual stream stay in fp32. Autocast
+    casts all matrices at every token, and makes GPT-2 slower in bf16 than in fp32
+    (results/negative.md)."""
+    model.set_attention(attend)
+    int8 = quantize == 'int8'
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, NarrowLinear(layer, getattr(torch, dtype), int8))
+
+
+def quantize_and_compare(model, dtype, data, device):
+    """Narrow a model to int8; return its loss before, in fp32, and after: nats a token.
+
+    The loss is that of the same 4,000 tokens or so of data's validation split in every call."""
+    def loss(dtype):
+        block_size = model.config.block_size
+        texts = max(1, 4096 // block_size)
+        pairs = evaluation_batches(data, 'val', block_size, texts, batches=1)
+        return mean_loss(model, pairs, device, dtype)
+    exact = loss('float32')
+    narrow(model, dtype, 'int8')
+    return exact, loss(dtype)
+
+
+def weight_bytes(model):
+    """Return how many bytes a step of one token reads: all matrices of a narrowed model."""
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, NarrowLinear):
+            for t in (layer.weight, layer.scale, layer.bias):
+                if t is not None:
+                    total += t.nbytes
+    return total
+
+
+def attend(q, k, v, dropout=0.0):
+    """Return fused_attention, for the single query of a step on a processor by two faster ways.
+
+    q (B, nh, 1, hs), k and v (B, nh, S, hs). In a compiled step two products become loops over k
+    and v: for 256 keys of GPT-2 0.08 ms a layer, where the fused kernel takes 0.3. Otherwise the
+    fused kernel runs without oneDNN, which fp32 products profit from elsewhere: for 8 texts and
+    1,000 keys 2.2 instead of 5.4 ms."""
+    if q.size(2) > 1 or q.device.type != 'cpu':
+        return fused_attention(q, k, v, dropout)
+    if torch.compiler.is_compiling():
+        scores = (q * k).sum(dim=-1, keepdim=True) / math.sqrt(q.size(-1))    # (B, nh, S, 1)
+        return (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)           # (B, nh, 1, hs)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    y = fused_attention(q, k, v, dropout)                                     # (B, nh, 1, hs)
+    torch.set_float32_matmul_precision(before)
+    return y
+
+
+# ---- compiled steps ------------------------------------------------------------------------------
+
+def compile_steps(model):
+    """Compile a single token's way through the model: the block once for all layers, and the head.
+
+    It takes 4 s for GPT-2; the whole step as one graph takes 40 (results/negative.md). Several
+    tokens or texts at a time stay uncompiled."""
+    def single(layer, fast):
+        eager = layer.forward
+
+        def forward(x, *rest):
+            if x.numel() == x.size(-1):
+                return fast(layer, x, *rest)
+            return eager(x, *rest)
+        layer.forward = forward
+    # dynamic: the context grows with every token
+    block = torch.compile(Block.forward, dynamic=True)
+    for layer in model.transformer.h:
+        single(layer, block)
+    single(model.lm_head, torch.compile(NarrowLinear.forward))
+
+
+def compiling_pays(model, device, dtype, quantize, tokens, rows):
+    """Return whether compile_steps is worth its 4 to 7 seconds for so many tokens.
+
+    tokens: those within block_size. Judged by the arguments alone, not by a clock: compiled and
+    uncompiled steps round differently, and the same command must give the same text."""
+    size = 1 if quantize else getattr(torch, dtype).itemsize
+    # seconds saved on a token, measured by hand
+    saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer
+    return device == 'cpu' and rows == 1 and tokens * saved > 7
+
+
+# ---- one CUDA graph a step -----------------------------------------------------------------------
+
+class GraphCache(LayerCache):
+    """A LayerCache that writes where a tensor says, so that one graph fits every position."""
+
+    def __init__(self, filled, state):
+        self.k = filled.k
+        self.v = filled.v
+        self.state = state
+        for t in (self.k, self.v):   # masked places are still multiplied, by 0
+            t[:, :, filled.length:] = 0
+
+    def append(self, k, v):
+        self.k.index_copy_(2, self.state.position, k)
+        self.v.index_copy_(2, self.state.position, v)
+        return self.k[:, :, :self.state.span], self.v[:, :, :self.state.span]
+
+
+@torch.inference_mode()
+def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 repetition_penalty=1.0, chance=None, kv_cache=True):
+    """Yield what model.stream yields; on a GPU a step, with the choice, is a CUDA graph.
+
+    A graph attends to a span of keys, of which those not yet written are masked; a new one is
+    recorded when the span is full. On a processor the same step runs without a graph, which is how
+    it is tested there."""
+    block_size = model.config.block_size
+    knobs = (temperature, top_k, top_p, repetition_penalty)
+    idx = idx.long()
+    model.check_prompt(idx)
+    check_sampling(max_new_tokens, *knobs)
+    rows = idx.size(0) if chance is None else chance.size(0)
+    T = idx.size(1)
+    device = idx.device
+    steps = 0   # steps with room for one more key
+    if kv_cache and T:
+        steps = min(max_new_tokens - 1, block_size - T)
+    if steps < 1 or not model.transformer.h:
+        yield from model.stream(idx, max_new_tokens, *knobs, chance, kv_cache)
+        return
+
+    cache = [LayerCache(block_size) for _ in model.transformer.h]
+    logits = model.next_logits(idx, cache).expand(rows, -1)                   # (B, V)
+    idx = idx.expand(rows, -1)                                                # (B, T)
+    for layer in cache:
+        if layer.k.size(0) < rows:
+            layer.expand(rows)
+    first_draw = None if chance is None else chance[:, :1]
+    state = SimpleNamespace(position=torch.full((1,), T, device=device), span=0, mask=None,
+                            token=choose(logits, idx, *knobs, first_draw))
+    if chance is None:   # nothing is drawn
+        chance = torch.zeros(rows, max_new_tokens, device=device)
+    cache = [GraphCache(layer, state) for layer in cache]
+    # tokens so far; places not yet written hold a token that has been seen
+    seen = torch.cat((idx, idx[:, -1:].expand(rows, block_size + 1 - T)), dim=1)
+    seen.index_copy_(1, state.position, state.token)
+    yield state.token.clone()
+
+    def masked(q, k, v, dropout=0.0):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=state.mask)
+
+    def following():
+        """Return the token after state.token, which is at state.position."""
+        x = model.transformer.wte(state.token)                                # (B, 1, C)
+        if model.config.pos == 'learned':
+            x = x + model.transformer.wpe(state.position)
+        rope = None
+        if model.config.pos == 'rope':
+            rope = model.rope[:, state.position]
+        state.mask = torch.arange(state.span, device=device)[None] <= state.position   # (1, S)
+        for block, layer in zip(model.transformer.h, cache):
+            x = block(x, rope, layer)
+        logits = model.lm_head(model.transformer.ln_f(x)[:, -1])              # (B, V)
+        draws = chance.index_select(1, state.position + 1 - T)
+        return choose(logits[:, :model.drawable].float(), seen, *knobs, draws)
+
+    def step():
+        state.token.copy_(following())
+        state.position += 1
+        seen.index_copy_(1, state.position, state.token)
+
+    with model.attention_set(masked):
+        for i in range(T, T + steps):
+            if i >= state.span:
+                state.span = min(block_size, 256 * (i // 256 + 1))
+                replay = step
+                if device.type == 'cuda':
+                    # compiles and allocates what must not be recorded
+                    aside(lambda: [following() for _ in range(3)])
+                    replay = captured(step)
+            replay()
+            yield state.token.clone()
+    if steps + 1 < max_new_tokens:   # past block_size the window is recomputed
+        left = max_new_tokens - steps - 1
+        yield from model.stream(seen, left, *knobs, chance[:, steps + 1:], kv_cache=False)

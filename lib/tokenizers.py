@@ -1,0 +1,281 @@
+"""
+Tokenizers: text to token ids and back, and their files for Hugging Face's transformers.
+
+A tokenizer has
+    vocab_size          the number of its tokens, V
+    encode(text)        the text's token ids, an int array
+    decode(ids)         the tokens' bytes
+    state()             plain data, from which load_tokenizer makes the tokenizer again
+    opening             the text that generation begins with where there is no prompt
+    end                 the token that ends a text, or None
+"""
+import functools
+import json
+import os
+
+import numpy as np
+
+from lib.console import fail
+
+END_OF_TEXT = '<|endoftext|>'
+
+
+# ---- characters, bytes and GPT-2's BPE -----------------------------------------------------------
+
+class CharTokenizer:
+    """One token per character, numbered in the order of their code points."""
+    end = None
+
+    def __init__(self, chars):
+        self.chars = ''.join(sorted(set(chars)))
+        self.codes = code_points(self.chars)
+        self.vocab_size = len(self.chars)
+        self.opening = '\n' if '\n' in self.chars else self.chars[:1]
+
+    def encode(self, text):
+        """Return the token ids, as many as the text has characters.
+
+        Fail for characters that the vocabulary lacks, and name them."""
+        codes = code_points(text)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
+        missing = codes[self.codes[ids] != codes]
+        if len(missing):
+            characters = dict.fromkeys(chr(code) for code in missing[:1000])   # each one once
+            shown = ', '.join(map(repr, characters))[:200]
+            fail(f'not in the vocabulary of {self.vocab_size} characters: {shown}; '
+                 f'allowed are {self.chars!r}; leave them out, or train on a text that has them '
+                 f'or with --tokenizer=byte')
+        return ids
+
+    def decode(self, ids):
+        text = ''.join(self.chars[i] for i in ids)
+        return text.encode('utf-8', 'surrogatepass')
+
+    def state(self):
+        return dict(kind='char', chars=self.chars)
+
+
+def code_points(text):
+    """Return the code points of a text's characters, an array of uint32."""
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8: 256 tokens for any text."""
+    vocab_size = 256
+    opening = '\n'
+    end = None
+
+    def encode(self, text):
+        return np.frombuffer(text.encode('utf-8', 'surrogateescape'), dtype=np.uint8)
+
+    def decode(self, ids):
+        return bytes(ids)
+
+    def state(self):
+        return dict(kind='byte')
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, computed by tiktoken."""
+    vocab_size = 50257
+    opening = END_OF_TEXT
+    end = 50256
+
+    def __init__(self):
+        import tiktoken  # imported here: characters and bytes need torch and NumPy alone
+        try:
+            self.bpe = tiktoken.get_encoding('gpt2')
+        except Exception as error:   # tiktoken's download can raise anything
+            fail(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); "
+                 f'it needs the network once, or a folder with its two files; '
+                 f'type TIKTOKEN_CACHE_DIR=FOLDER before the command')
+
+    def encode(self, text):
+        """Return the token ids; <|endoftext|> in the text becomes the single token of that name."""
+        try:
+            return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        except UnicodeEncodeError:   # half of a surrogate pair has no bytes
+            return self.encode(text.encode('utf-8', 'replace').decode('utf-8'))
+
+    def decode(self, ids):
+        return self.bpe.decode_bytes(list(ids))
+
+    def state(self):
+        return dict(kind='gpt2')
+
+
+# ---- making a tokenizer --------------------------------------------------------------------------
+
+def make_tokenizer(kind, text=''):
+    """Return a new tokenizer. kind: 'char', 'byte' or 'gpt2'. text: the source of 'char'."""
+    if kind == 'char':
+        return CharTokenizer(text)
+    if kind == 'byte':
+        return ByteTokenizer()
+    if kind == 'gpt2':
+        return GPT2Tokenizer()
+    fail(f'tokenizer={kind}: allowed are char, byte, gpt2; type --tokenizer=char')
+
+
+def load_tokenizer(state):
+    """Return the tokenizer that state() described. Raises ValueError for anything else."""
+    if not isinstance(state, dict) or state.get('kind') not in ('char', 'byte', 'gpt2'):
+        raise ValueError('it does not name a known tokenizer')
+    if state['kind'] == 'char' and not (isinstance(state.get('chars'), str) and state['chars']):
+        raise ValueError("its character tokenizer has no 'chars'")
+    return make_tokenizer(state['kind'], state.get('chars', ''))
+
+
+@functools.cache
+def token_sizes(tokenizer):
+    """Return (bytes, characters) of each token, (V,) each.
+
+    <|endoftext|> has 0 of both, because it stands between texts and not in them."""
+    later_bytes = bytes(range(0x80, 0xC0))   # the bytes of a character after its first one
+    sizes = np.zeros((2, tokenizer.vocab_size), dtype=np.int64)
+    for i in range(tokenizer.vocab_size):
+        text = tokenizer.decode([i])
+        if text != END_OF_TEXT.encode():
+            sizes[0, i] = len(text)
+            sizes[1, i] = len(text.translate(None, later_bytes))
+    return sizes[0], sizes[1]
+
+
+# ---- Hugging Face's tokenizer files --------------------------------------------------------------
+
+def hf_tokenizer_files(tokenizer, block_size):
+    """Return {name: content} of the files from which AutoTokenizer makes the same tokenizer."""
+    kind = tokenizer.state()['kind']
+    parts = dict(added_tokens=[], normalizer=None, pre_tokenizer=None, post_processor=None,
+                 decoder=None, model=None)
+    end = None
+    if kind == 'char':
+        parts.update(_character_parts(tokenizer))
+    elif kind == 'byte':
+        parts.update(_bpe_parts(_byte_vocab(), merges=[], use_regex=False))
+    else:
+        vocab = _gpt2_vocab(tokenizer)
+        parts.update(_bpe_parts(vocab, _merges(vocab), use_regex=True))
+        end = END_OF_TEXT
+        parts['added_tokens'] = [dict(id=tokenizer.end, content=end, single_word=False,
+                                      lstrip=False, rstrip=False, normalized=False, special=True)]
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+                  bos_token=end, eos_token=end, clean_up_tokenization_spaces=False)
+    whole = dict(version='1.0', truncation=None, padding=None, **parts)
+    return {'tokenizer.json': json.dumps(whole, ensure_ascii=False),
+            'tokenizer_config.json': json.dumps(config, ensure_ascii=False)}
+
+
+def _character_parts(tokenizer):
+    """Return the parts of tokenizer.json for one token per character.
+
+    The model is WordLevel, because it raises an error for an unknown character. BPE without merges
+    would drop the character in silence."""
+    vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+    return dict(pre_tokenizer=dict(type='Split', pattern=dict(Regex=r'[\s\S]'),
+                                   behavior='Isolated', invert=False),
+                decoder=dict(type='Fuse'),
+                model=dict(type='WordLevel', vocab=vocab, unk_token=''))
+
+
+def _bpe_parts(vocab, merges, use_regex):
+    """Return the parts of tokenizer.json for BPE over bytes.
+
+    use_regex: whether GPT-2's pattern first splits a text into words."""
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True,
+                      use_regex=use_regex)
+    return dict(pre_tokenizer=byte_level, decoder=byte_level,
+                model=dict(type='BPE', vocab=vocab, merges=merges))
+
+
+def _byte_letters():
+    """Return the 256 letters by which GPT-2's files write bytes.
+
+    A byte with a visible character in Latin-1 is written as that character. The other bytes are
+    written, in their order, as the characters from 256 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = []
+    others = 0
+    for byte in range(256):
+        if byte in visible:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(256 + others))
+            others += 1
+    return letters
+
+
+def _byte_vocab():
+    """Return {letter: byte}."""
+    return {letter: byte for byte, letter in enumerate(_byte_letters())}
+
+
+def _gpt2_vocab(tokenizer):
+    """Return {token, written in letters: id} of GPT-2's tokens except <|endoftext|>."""
+    letters = _byte_letters()
+    vocab = {}
+    for i in range(tokenizer.end):
+        token = tokenizer.bpe.decode_single_token_bytes(i)
+        vocab[''.join(letters[byte] for byte in token)] = i
+    return vocab
+
+
+def _merges(vocab):
+    """Return [[left, right]] of the tokens longer than a letter, in the order of their ids.
+
+    left and right are the two parts that the merges of the earlier tokens leave of a token."""
+    merges = []
+    for token, i in vocab.items():
+        parts = list(token)
+        while len(parts) > 2:
+            ids = [vocab.get(left + right, i) for left, right in zip(parts, parts[1:])]
+            at = ids.index(min(ids))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+    return merges
+
+
+def read_hf_tokenizer(folder):
+    """Return the tokenizer of a folder's tokenizer.json or vocab.json, None where both are missing.
+
+    Raises ValueError for a vocabulary that is not GPT-2's and not one of characters or bytes."""
+    for name in ('tokenizer.json', 'vocab.json'):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            try:
+                tokenizer = _known_tokenizer(_read_vocab(path))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError,
+                    RecursionError) as error:   # a file can hold anything
+                reason = f'{type(error).__name__}: {str(error)[:200]}'
+                raise ValueError(f'{path} cannot be used ({reason})') from error
+            if tokenizer is None:
+                raise ValueError(f"{path} is neither GPT-2's vocabulary nor one of characters or "
+                                 f"bytes")
+            return tokenizer
+    return None
+
+
+def _read_vocab(path):
+    """Return {token: id} of a tokenizer.json or a vocab.json."""
+    with open(path, encoding='utf-8') as f:
+        content = json.load(f)
+    if os.path.basename(path) == 'tokenizer.json':
+        content = content['model']['vocab']
+    return dict(content)
+
+
+def _known_tokenizer(vocab):
+    """Return the tokenizer that numbers its tokens as vocab does, or None."""
+    if vocab == _byte_vocab():
+        return ByteTokenizer()
+    in_order = {token: i for i, token in enumerate(sorted(vocab))}
+    if vocab and vocab == in_order and max(map(len, vocab)) == 1:
+        return CharTokenizer(vocab)
+    words = {token: i for token, i in vocab.items() if token != END_OF_TEXT}
+    if len(words) == GPT2Tokenizer.end:
+        tokenizer = GPT2Tokenizer()
+        if words == _gpt2_vocab(tokenizer):
+            return tokenizer
+    return None
