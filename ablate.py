@@ -28,6 +28,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
+import lib.early  # noqa: F401  # before NumPy and torch
+
 import numpy as np
 import torch
 from scipy import stats

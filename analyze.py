@@ -32,7 +32,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import numpy as np
 import torch

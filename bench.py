@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from json import loads
 from typing import Any
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import torch
 from torch import nn

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import torch
 from torch import nn

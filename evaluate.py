@@ -15,7 +15,7 @@ import os
 import signal
 import time
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import numpy as np
 import torch

@@ -18,6 +18,8 @@ import shlex
 import shutil
 import tempfile
 
+import lib.early  # noqa: F401  # before NumPy and torch
+
 from lib.checkpoint import open_model
 from lib.configurator import configure, exit_on_signals
 from lib.console import fail, say

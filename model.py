@@ -484,8 +484,10 @@ class GPT(nn.Module):
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
         Absent biases become zeros, which computes the same. Raises ValueError for a model that
-        GPT-2 cannot express."""
-        from safetensors.torch import save_file  # here: the rest of this file needs torch alone
+        GPT-2 cannot express, OSError where the folder cannot be written."""
+        # here: the rest of this file needs torch alone
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
         c = self.config
         other = []
         for name, needed in dict(pos='learned', norm='pre', residual=True, qk_norm=False).items():
@@ -504,7 +506,10 @@ class GPT(nn.Module):
                 weights[bias] = torch.zeros(p.size(0))
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'model.safetensors')
-        save_file(transposed(weights), path, metadata=dict(format='pt'))
+        try:
+            save_file(transposed(weights), path, metadata=dict(format='pt'))
+        except SafetensorError as error:   # a full disk
+            raise OSError(str(error)) from error
         for name, content in (('generation_config', hf_generation_config(self)),
                               ('config', hf_config(c))):
             with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:

@@ -16,6 +16,8 @@ import hashlib
 import os
 import zlib
 
+import lib.early  # noqa: F401  # before NumPy and torch
+
 import numpy as np
 
 from lib.configurator import check, configure, exit_on_signals

@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import os
 
+import lib.early  # noqa: F401  # before NumPy and torch
+
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, tell
 from lib.data import find_dataset

@@ -38,6 +38,8 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 
+import lib.early  # noqa: F401  # before NumPy and torch
+
 from tqdm import tqdm
 
 from lib import prepare, tokenizers
@@ -126,6 +128,9 @@ def find_files(folder):
                    f'type --input=FILE for one with another ending')
     else:
         candidates = [input] if os.path.isfile(input) else matches(input, unread)
+        if not candidates and os.path.exists(input):
+            fail(f'--input={input} is not a regular file, and is read more than once; '
+                 f'type --input=- < {shlex.quote(input)} for a pipe')
         nothing = (f'--input={input}: there is no such file, folder or match of a pattern '
                    f'(in quotes: "texts/*.txt"); {AGAIN}')
     once = {}   # real path -> path
@@ -614,8 +619,8 @@ The first command trains for at most five minutes. For a longer run, add --max_i
     out_dir = os.path.dirname(os.path.expanduser(tokenizer.removeprefix(FROM))) or os.curdir
     if tokenizer.startswith(FROM) and os.path.isfile(os.path.join(out_dir, 'last.pt')):
         tell(f'To go on with the model in {out_dir} instead, type python train.py '
-             f'--init_from=resume --out_dir={shlex.quote(out_dir)} {dataset} and a larger '
-             f'--max_iters.')
+             f'--init_from=resume --out_dir={shlex.quote(out_dir)} {dataset} --max_minutes=0 and a '
+             f'larger --max_iters.')
 
 
 # ---- the story -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdo
 import codecs
 import signal
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import torch
 

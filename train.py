@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 
-import lib.threads  # noqa: F401  # before torch
+import lib.early  # noqa: F401  # before NumPy and torch
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
 checkpoint.check_symbols(data, start.path, start.symbols)
+other_text = start.resumed is not None and checkpoint.is_other_text(start.resumed, data)
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now if there is nothing to evaluate
 
@@ -217,7 +218,8 @@ if start.resumed:
     now.step = now.logged_step = start.resumed['iter_num']
     now.seconds = now.logged_seconds = start.resumed['seconds']
     now.skipped = start.resumed['skipped']
-    now.best_val_loss = checkpoint.best_loss(out_dir, float(start.resumed['best_val_loss']))
+    if not other_text:
+        now.best_val_loss = checkpoint.best_loss(out_dir, float(start.resumed['best_val_loss']))
     optimizers.load(start.resumed, scaler, start.path)
     start.resumed = None   # frees the memory of a second copy of the tensors
     say(f'resumed from {start.path} at iter {now.step}')
@@ -269,6 +271,7 @@ def save(name):
         return True
     return checkpoint.keep(os.path.join(out_dir, name), dict(
         format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
+        data=dict(name=data.name, sha256=data.fingerprint()),
         optimizer=states, scaler=scaler.state_dict(), iter_num=now.step,
         best_val_loss=now.best_val_loss, val_loss=now.val_loss,
         seconds=max(now.seconds, now.elapsed), skipped=now.skipped, config=knobs))
@@ -431,7 +434,7 @@ def say_what_is_about_to_happen():
     if init_from == 'resume' and now.step > max_iters:
         say(f'note: {start.path} is at iter {now.step}, past max_iters={max_iters}: '
             f'there is nothing left to train')
-    elif init_from == 'resume' and 0 < max_minutes <= minutes and now.step < max_iters:
+    elif init_from == 'resume' and 0 < 60 * max_minutes <= now.seconds and now.step < max_iters:
         say(f'note: {start.path} has had {minutes:.1f} minutes of training, and '
             f'max_minutes={max_minutes:g}: there is nothing left to train; '
             f'type --max_minutes={math.ceil(minutes + 5)} for some more, '
@@ -453,6 +456,10 @@ if rank == 0:
     facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
     log.begin(now.step if init_from == 'resume' else None, knobs, facts)
     runtime.started_before(mark=True)
+    if other_text:
+        earlier = checkpoint.set_best_aside(out_dir)
+        say(f'note: {start.path} was trained on another text than {data.folder}: the best loss begins '
+            f'anew' + (f', and the earlier best.pt is now {earlier}' if earlier else ''))
 
 # ---- the loop ------------------------------------------------------------------------------------
 model.train()
@@ -469,7 +476,7 @@ while True:
             sample()
     if out_of_time() and now.step < max_iters:
         say(f'max_minutes={max_minutes:g} was reached after {now.step:,} of '
-            f'max_iters={max_iters:,} steps')
+            f'max_iters={max_iters:,} steps; --max_minutes=0 has no limit')
     if last:
         log.row(iter=now.step, tokens=now.step * tokens_per_step, val_loss=now.val_loss,
                 seconds=now.seconds)

@@ -357,6 +357,28 @@ def best_loss(out_dir, so_far):
         return math.inf
 
 
+def is_other_text(resumed, data):
+    """Return whether a run was trained on another text than the dataset that it is resumed with."""
+    was = resumed.get('data')
+    if not isinstance(was, dict):   # an earlier version's checkpoint, or nanoGPT's
+        return str(resumed['config'].get('dataset', data.name)) != data.name
+    now = data.fingerprint()
+    if now and was.get('sha256'):
+        return now != was['sha256']
+    return was.get('name') != data.name
+
+
+def set_best_aside(out_dir):
+    """Rename best.pt, whose loss is that of another text; return its new name, '' without one."""
+    path = os.path.join(out_dir, 'best.pt')
+    if not os.path.exists(path):
+        return ''
+    numbered = (os.path.join(out_dir, f'best-earlier-{n}.pt') for n in itertools.count(1))
+    name = next(path for path in numbered if not os.path.exists(path))
+    os.replace(path, name)
+    return name
+
+
 # ---- a run's folder and its log ------------------------------------------------------------------
 
 def flag(out_dir):
@@ -375,7 +397,7 @@ def open_folder(out_dir, rank):
             os.remove(f.name)
     except OSError as error:
         fail(f'out_dir={out_dir} cannot be written ({error.strerror}); '
-             f'type --out_dir=FOLDER for another')
+             f'make it writable, or type --out_dir=FOLDER for a new run elsewhere')
 
 
 def set_aside(out_dir):
@@ -418,13 +440,15 @@ class RunLog:
         try:
             self.trackers = trackers(knobs)
             self.lock = runtime.lock(self.out_dir)   # as long as this process lives
-            if step is None:
-                set_aside(self.out_dir)
             versions = dict(python=platform.python_version(), torch=torch.__version__,
                             numpy=numpy.__version__)
             config = knobs | facts | dict(versions=versions, machine=platform.platform())
-            with open(os.path.join(self.out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            path = os.path.join(self.out_dir, 'config.json')
+            with open(path + '.part', 'w', encoding='utf-8') as f:   # fails first on a full disk
                 json.dump(config, f, indent=1)
+            if step is None:
+                set_aside(self.out_dir)
+            os.replace(path + '.part', path)
             before = []
             if step is not None:
                 before = [row for row in read_log(self.path) if int(row['iter']) < step]
@@ -434,6 +458,9 @@ class RunLog:
                 writer.writerows(before)
             os.replace(self.path + '.part', self.path)
         except OSError as error:
+            for name in ('config.json.part', 'log.csv.part', '.lock'):
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(self.out_dir, name))
             fail(f'{self.out_dir} cannot be written ({error.strerror}); make room, '
                  f'or type --out_dir=FOLDER for another place')
 
@@ -651,6 +678,11 @@ def check_near_names(name, words):
 
     words: values of init_from that are not names."""
     allowed = (*words, *HUB_NAMES)
+    folder = os.path.dirname(name) if os.path.isfile(name) else name
+    is_run = any(os.path.isfile(os.path.join(folder, each)) for each in ('last.pt', 'best.pt'))
+    if name and (is_run or name.endswith('.pt') and os.path.isfile(name)):
+        fail(f'init_from={name} is a run or a checkpoint of this project, and init_from takes '
+             f"Hugging Face's folders; type --init_from=resume --out_dir={shlex.quote(folder or '.')}")
     if '/' in name or os.path.isdir(name) or name in allowed:
         return
     near = get_close_matches(name, allowed, n=1, cutoff=0.7)

@@ -20,7 +20,7 @@ import sys
 import tokenize
 import traceback
 
-from lib.console import fail, open_console, write
+from lib.console import fail, open_console, say, write
 
 PLAIN = (bool, int, float, str, type(None))
 # Knobs that name a file or a folder. Shells do not expand the ~ in --key=~/file.
@@ -71,7 +71,12 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     given = set()
     for key, text in words:
         if key is None:
+            typed = {name: knobs[name] for name in given}
             given |= _run_config(text, knobs, names)
+            for name, value in typed.items():
+                if knobs[name] != value:
+                    say(f'note: {text} comes after --{name}={value} and sets it to {knobs[name]!r}: '
+                        f'the last one wins')
         else:
             given.add(key)
             knobs[key] = checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
@@ -140,14 +145,14 @@ def _bare(word, names, first, before):
         meant = f'--{key}={value or names[key]}'
     elif word in OTHER_WORDS and OTHER_WORDS[word].partition('=')[0] in names:
         meant = f'--{OTHER_WORDS[word]}'
-    elif first in before:
+    elif first and first in before:
         pattern = os.path.join(os.path.dirname(word), '*' + os.path.splitext(word)[1])
         meant = f'--{first} once'
         if there:
             meant = f'--{first}="{pattern}", in quotes, for several files'
     elif 'checkpoint' in names and word.endswith('.pt'):
         meant = f'--checkpoint={word}'
-    elif 'out_dir' in names and os.path.isdir(word):
+    elif 'out_dir' in names and glob.glob(os.path.join(glob.escape(word), '*.pt')):
         meant = f'--out_dir={word}'
     elif 'start' in names and not word.startswith('-'):
         meant = f'--start=FILE:{word}' if there else f'--start={shlex.quote(word)}'
@@ -200,6 +205,7 @@ def _run_config(path, knobs, names):
     try:
         with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
             tree = ast.parse(f.read(), path)
+        _check_statements(tree)
         exec(compile(tree, path, 'exec'), scope)
     except (Exception, SystemExit) as error:   # a user's file can do anything wrong
         line = 1
@@ -218,6 +224,17 @@ def _run_config(path, knobs, names):
         if key not in names and not own:
             fail(_unknown(f'{path}: {key}', key, names) + ' (names of its own start with _)')
     return scope.assigned & names.keys()
+
+
+def _check_statements(tree):
+    """Raise SyntaxError for a script, and for a name with a colon, which would assign nothing."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'configure':
+            raise SyntaxError('it is a script, not a config')
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            error = SyntaxError('a colon assigns nothing; a knob is set as in n_layer = 2')
+            error.lineno = node.lineno
+            raise error
 
 
 def _assigned(tree):

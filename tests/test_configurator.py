@@ -93,7 +93,7 @@ def test_only_py_files_are_run(folder, word, typed, capsys):
     for path in ('prompt.txt', 'out/best.pt'):
         (folder / path).write_text('open("ran", "w")')
     with pytest.raises(SystemExit) as stop:
-        overridden(word)
+        overridden(config(folder, 'max_iters = 1'), word)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and error.rstrip().endswith(f'type {typed}'), error
     assert not os.path.exists('ran')
@@ -115,9 +115,11 @@ def test_scripts_without_configs(folder, argv, words, capsys):
     assert not os.path.exists('ran')
 
 
-def test_last_one_wins(folder):
+def test_last_one_wins(folder, capsys):
     path = config(folder, 'max_iters = 7')
     assert overridden('--max_iters=3', path)['max_iters'] == 7
+    assert 'note: c.py comes after --max_iters=3 and sets it to 7' in capsys.readouterr().err
+    assert overridden('--max_iters=7', path)['max_iters'] == 7 and capsys.readouterr().err == ''
     assert overridden(path, '--max_iters=3')['max_iters'] == 3
 
 
@@ -139,6 +141,7 @@ def test_names_given(folder):
     ('name = 5', ['a text']), ('\0', ['c.py']), ('if flag is False:\n    epochs = 3', ['epochs', '--max_iters?']),
     ('for i in range(3):\n    size = i', ['size is not a knob']), ('a, *b = 1, 2', ['a is not a knob']),
     ('import numpy\nlr = numpy.float32(1e-3)', ['lr', '--learning_rate?']), ('(n := 5)', ['n is not a knob']),
+    ('\nmax_iters: 2', ['line 2', 'max_iters', 'n_layer = 2'][:2]), ('configure(globals())', ['script, not a config']),
     ('flag = [True]', ['True or False']), ('def max_iters(): pass', ['whole number']),
     ('max_iters = 10**5000', ['too large']), ('max_iters = [10**5000]', ['c.py']), ('exit(3)', ['SystemExit'])])
 def test_config_mistakes(folder, text, words, capsys):

@@ -174,3 +174,26 @@ def test_json_is_whole_on_stdout(trained, folder):
     os.symlink(trained.parent / 'data', 'data')
     done = shell(command('evaluate.py', '--json=-', f'--out_dir={trained}', '--device=cpu'))
     assert json.loads(done.stdout)['split'] == 'val'
+
+
+def test_a_package_that_is_missing(folder):
+    """Every script says in one line what to install, with --help too."""
+    hide = 'import importlib.util as u, runpy, sys; real = u.find_spec; ' \
+           'u.find_spec = lambda name, *rest: None if name == "torch" else real(name, *rest); ' \
+           'sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition("/")[0]); ' \
+           'runpy.run_path(sys.argv[0], run_name="__main__")'
+    for path in sorted(ROOT.glob('*.py')):
+        if path.name == 'model.py':
+            continue
+        done = subprocess.run([sys.executable, '-c', hide, str(path), '--help'], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == '', (path, done.stdout)
+        assert done.stderr == 'error: the package torch is missing; type pip install -r requirements.txt\n'
+
+
+def test_ctrl_c_while_packages_are_imported(folder):
+    job = subprocess.Popen([sys.executable, '-X', 'importtime', str(ROOT / 'train.py')], stderr=subprocess.PIPE, text=True)
+    for line in job.stderr:
+        if 'numpy' in line:   # the first of its modules has been imported
+            break
+    job.send_signal(signal.SIGINT)
+    assert 'Traceback' not in job.communicate(timeout=60)[1] and job.returncode == -signal.SIGINT

@@ -230,6 +230,21 @@ def test_a_name_on_the_hub_without_a_network(folder, refused, process, monkeypat
             assert words in line, line
 
 
+def test_a_run_is_not_hugging_faces_folder(trained, folder, refused):
+    for name in (trained, trained / 'last.pt'):
+        refused('train.py', f'--init_from={name}', words=['run', f'type --init_from=resume --out_dir={trained}'])
+
+
+def test_export_on_a_full_disk(trained, folder, refused, monkeypatch):
+    import safetensors
+    import safetensors.torch
+
+    def full(*args, **options):
+        raise safetensors.SafetensorError('No space left on device')
+    monkeypatch.setattr(safetensors.torch, 'save_file', full)
+    refused('export_hf.py', f'--out_dir={trained}', '--to=there', words=['--to=there', 'No space left'])
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['gpt2', 'byte', 'char'])

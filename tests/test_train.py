@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -624,6 +625,26 @@ def test_prepare_never_costs_real_data(mini, refused, monkeypatch):
     assert open('data/shakespeare_char/meta.json').read() == before
     for prepare in ("'", ' ', 'nofile.py'):
         refused('train.py', *TINY, '--dataset=nope', f'--prepare={prepare}', words=['--prepare='])
+
+
+@pytest.mark.parametrize('name', ['other', 'mini'])
+def test_resumed_on_another_text_the_best_loss_begins_anew(mini, script, name):
+    """Of another name, or the same name prepared anew: best.pt of the first text is kept under another name."""
+    from lib.prepare import write_dataset
+    from lib.tokenizers import CharTokenizer
+    script('train.py', *TINY)
+    before = Path('out/best.pt').read_bytes()
+    tokenizer = CharTokenizer(TEXT)
+    harder = ''.join(random.Random(0).choices(tokenizer.chars, k=3000))   # its loss stays above that of TEXT
+    write_dataset(f'data/{name}', {split: [(tokenizer.encode(harder), len(harder))] for split in ('train', 'val')},
+                  tokenizer, dict(name=name, url=None, sha256='', stand_in=False))
+    result = script('train.py', '--init_from=resume', f'--dataset={name}', '--max_iters=20', '--device=cpu')
+    assert result.code == 0 and 'another text' in result.err and 'best-earlier-1.pt' in result.err, result.err
+    assert Path('out/best-earlier-1.pt').read_bytes() == before
+    best = checkpoint.load('out/best.pt')
+    assert best['iter_num'] >= 10 and best['data']['name'] == name
+    again = script('train.py', '--init_from=resume', '--max_iters=22', '--device=cpu')
+    assert again.code == 0 and 'another text' not in again.err
 
 
 def test_resume_on_another_vocabulary(mini, script, refused):
