@@ -213,7 +213,8 @@ def _run_config(path, knobs, names):
             if frame.filename == path:
                 line = frame.lineno
         line = getattr(error, 'lineno', None) or line
-        fail(f'{path}, line {line}: {type(error).__name__}: {error}; '
+        what = error.msg if isinstance(error, SyntaxError) else error
+        fail(f'{path}, line {line}: {type(error).__name__}: {what}; '
              f'a config file is Python that assigns knobs')
     for key, value in scope.items():
         value = _plain(value)
@@ -232,7 +233,8 @@ def _check_statements(tree):
         if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'configure':
             raise SyntaxError('it is a script, not a config')
         if isinstance(node, ast.AnnAssign) and node.value is None:
-            error = SyntaxError('a colon assigns nothing; a knob is set as in n_layer = 2')
+            name = ast.unparse(node.target)
+            error = SyntaxError(f'{name} with a colon gets no value; type {name} = ...')
             error.lineno = node.lineno
             raise error
 
