@@ -457,9 +457,11 @@ if rank == 0:
     log.begin(now.step if init_from == 'resume' else None, knobs, facts)
     runtime.started_before(mark=True)
     if other_text:
+        say(f'note: {start.path} was trained on another text than {data.folder}: '
+            f'the best loss begins anew')
         earlier = checkpoint.set_best_aside(out_dir)
-        say(f'note: {start.path} was trained on another text than {data.folder}: the best loss begins '
-            f'anew' + (f', and the earlier best.pt is now {earlier}' if earlier else ''))
+        if earlier:
+            say(f'note: the best.pt of that text is now {earlier}')
 
 # ---- the loop ------------------------------------------------------------------------------------
 model.train()

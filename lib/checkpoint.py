@@ -681,8 +681,9 @@ def check_near_names(name, words):
     folder = os.path.dirname(name) if os.path.isfile(name) else name
     is_run = any(os.path.isfile(os.path.join(folder, each)) for each in ('last.pt', 'best.pt'))
     if name and (is_run or name.endswith('.pt') and os.path.isfile(name)):
+        out_dir = shlex.quote(folder or os.curdir)
         fail(f'init_from={name} is a run or a checkpoint of this project, and init_from takes '
-             f"Hugging Face's folders; type --init_from=resume --out_dir={shlex.quote(folder or '.')}")
+             f"Hugging Face's folders; type --init_from=resume --out_dir={out_dir}")
     if '/' in name or os.path.isdir(name) or name in allowed:
         return
     near = get_close_matches(name, allowed, n=1, cutoff=0.7)

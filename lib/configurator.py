@@ -75,8 +75,8 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
             given |= _run_config(text, knobs, names)
             for name, value in typed.items():
                 if knobs[name] != value:
-                    say(f'note: {text} comes after --{name}={value} and sets it to {knobs[name]!r}: '
-                        f'the last one wins')
+                    say(f'note: {text} comes after --{name}={value} and sets it to '
+                        f'{knobs[name]!r}: the last one wins')
         else:
             given.add(key)
             knobs[key] = checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
