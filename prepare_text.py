@@ -128,7 +128,7 @@ def find_files(folder):
                    f'type --input=FILE for one with another ending')
     else:
         candidates = [input] if os.path.isfile(input) else matches(input, unread)
-        if not candidates and os.path.exists(input):
+        if os.path.exists(input) and not os.path.isfile(input):
             fail(f'--input={input} is not a regular file, and is read more than once; '
                  f'type --input=- < {shlex.quote(input)} for a pipe')
         nothing = (f'--input={input}: there is no such file, folder or match of a pattern '

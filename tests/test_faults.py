@@ -129,6 +129,17 @@ def test_a_new_run_does_not_cost_the_old_one(mini, script):
     assert json.load(open('out/earlier-2/config.json'))['max_iters'] == 1
 
 
+def test_a_full_disk_leaves_the_earlier_run_where_it_is(mini, script, refused, monkeypatch):
+    script('train.py', *TINY)
+    before = sorted(os.listdir('out'))
+
+    def full(*args, **options):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint.json, 'dump', full)
+    refused('train.py', *TINY, words=['out cannot be written', 'No space left on device'])
+    assert sorted(os.listdir('out')) == before
+
+
 def test_an_old_run_without_its_last_is_kept_too(mini, script):
     script('train.py', *TINY, '--max_iters=2')
     os.remove('out/last.pt')

@@ -564,6 +564,12 @@ def test_other_json(folder, refused, script, content, words):
     assert result.code == 0 and 'note: 2 items were skipped, the first is b.json, item 2: ' in result.err
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='the system has no named pipes')
+def test_a_pipe_is_not_read_more_than_once(folder, refused):
+    os.mkfifo('pipe')
+    refused('prepare_text.py', '--input=pipe', '--name=mine', words=['pipe', 'type --input=- < pipe'])
+
+
 def test_input_that_changes_while_it_is_read(folder, refused, monkeypatch):
     Path('a.txt').write_text('some text ' * 100)
     real = prepare.split_documents
