@@ -126,11 +126,11 @@ def find_files(folder):
         candidates = folder_files(input, unread)
         nothing = (f'{input} has no file that ends with {", ".join(ENDINGS)}; '
                    f'type --input=FILE for one with another ending')
+    elif os.path.exists(input) and not os.path.isfile(input):
+        fail(f'--input={input} is not a regular file, and is read more than once; '
+             f'type --input=- < {shlex.quote(input)} for a pipe')
     else:
         candidates = [input] if os.path.isfile(input) else matches(input, unread)
-        if os.path.exists(input) and not os.path.isfile(input):
-            fail(f'--input={input} is not a regular file, and is read more than once; '
-                 f'type --input=- < {shlex.quote(input)} for a pipe')
         nothing = (f'--input={input}: there is no such file, folder or match of a pattern '
                    f'(in quotes: "texts/*.txt"); {AGAIN}')
     once = {}   # real path -> path

@@ -379,8 +379,8 @@ def train_one_step():
             f'type --max_minutes=0 for all {max_iters:,} steps')
     share = schedule.share(position)
     optimizers.set_rates(share)
-    start = now.step * sequences + rank * micro_steps * batch_size
-    batches = [load(start + i * batch_size) for i in range(micro_steps)]
+    first = now.step * sequences + rank * micro_steps * batch_size   # this rank's first window
+    batches = [load(first + i * batch_size) for i in range(micro_steps)]
     with out_of_memory_explained():
         loss, grad_norm = training_step(batches)
     if scaler.is_enabled() and not torch.isfinite(grad_norm):

@@ -15,7 +15,7 @@ READER_GONE = 128 + 13   # exit code of a program that SIGPIPE ends
 
 
 def open_console():
-    """Open files 0, 1 and 2 where they are closed, and let unwritten text not change the exit code.
+    """Open files 0, 1 and 2 where they are closed, and flush stdout and stderr at the end.
 
     Where `2>&-` has closed stderr, the next file that is opened would get its number 2, and with it
     the messages of every library."""
