@@ -36,7 +36,7 @@ from torch import nn
 from lib import decoding, peers, plots, runtime
 from lib.configurator import check, configure
 from lib.console import fail, say, write
-from model import GPT, GPTConfig, chances
+from model import GPT, GPTConfig, Sampling, chances
 
 what = 'sample'          # 'sample' or 'train'; may be typed as a bare word, without --what=
 net = 'auto'             # '124M', '10.65M' or '0.8M'; train takes several, with commas between
@@ -214,7 +214,7 @@ def make_sampler(contender, plan):
     torch.manual_seed(seed)
     if contender.who == 'ours':
         model = our_model(contender.precision, plan)
-        time_tokens = time_ours
+        time_tokens = time_ours_compiled if plan.compiled else time_ours
     elif contender.who == 'transformers':
         model = peers.transformers_gpt2(plan.config)
         model.eval().to(device, getattr(torch, contender.precision))
@@ -232,8 +232,6 @@ def our_model(precision, plan):
         decoding.narrow(model, runtime.find_dtype('auto', device), 'int8')
     else:
         decoding.narrow(model, precision)
-    if plan.compiled:
-        decoding.compile_steps(model)
     return model
 
 
@@ -241,13 +239,20 @@ def our_model(precision, plan):
 
 def time_ours(model, prompt, texts, count):
     """Time the stream of tokens that sample.py prints."""
+    step = decoding.GraphedStep() if ON_GPU else GPT.next_token
+    return time_steps(model, prompt, texts, count, step)
+
+
+def time_ours_compiled(model, prompt, texts, count):
+    """Time the same with the step compiled."""
+    return time_steps(model, prompt, texts, count, decoding.compiled_step)
+
+
+def time_steps(model, prompt, texts, count, step):
+    """Time a stream's tokens, each made by one call of step."""
     chance = chances(range(texts), count).to(device)
-    if ON_GPU:
-        stream = decoding.graph_stream(model, prompt, count, chance=chance)
-    else:
-        stream = model.stream(prompt, count, chance=chance)
     times = [wait()]
-    for _ in stream:
+    for _ in model.stream(prompt, count, Sampling(), chance, step=step):
         times.append(wait())
     return differences(times)
 

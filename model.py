@@ -65,29 +65,27 @@ class GPTConfig:
 
 # ---- attention, twice: as the formula reads, and fused -------------------------------------------
 
-def attention_weights(q, k):
-    """Return softmax(q·kᵀ/√hs) with the future masked; every row sums to 1.
+def attention_weights(q, k, visible=None):
+    """Return softmax(q·kᵀ/√hs) over the keys that a query may see; every row sums to 1.
 
-    q (B, nh, T, hs), k (B, nh, S, hs) -> (B, nh, T, S). The last query is at the last key's
-    position. With S > T the first S - T keys are the past of all queries."""
-    T, S = q.size(-2), k.size(-2)
+    q (B, nh, T, hs), k (B, nh, S, hs) -> (B, nh, T, S). visible (T, S): True where the query may
+    see the key. None: S = T, and each token sees itself and those before."""
+    T = q.size(-2)
+    if visible is None:
+        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                       # (B, nh, T, S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    return scores.masked_fill(future, float('-inf')).softmax(dim=-1)
+    return scores.masked_fill(~visible, float('-inf')).softmax(dim=-1)
 
 
-def explicit_attention(q, k, v, dropout=0.0):
+def explicit_attention(q, k, v, dropout=0.0, visible=None):
     """Return each query's weighted mean of the values: the definition, and the tests' oracle."""
-    return F.dropout(attention_weights(q, k), dropout) @ v                         # (B, nh, T, hs)
+    return F.dropout(attention_weights(q, k, visible), dropout) @ v                # (B, nh, T, hs)
 
 
-def fused_attention(q, k, v, dropout=0.0):
+def fused_attention(q, k, v, dropout=0.0, visible=None):
     """Return the same without holding the (T, S) weights (flash attention, arXiv 2205.14135)."""
-    T, S = q.size(-2), k.size(-2)
-    if T == S or T == 1:   # a single query is the newest token and sees all keys
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout,
+                                          is_causal=visible is None)
 
 
 class CausalSelfAttention(nn.Module):
@@ -112,10 +110,11 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k, v = (t.transpose(1, 2) for t in (*qk.chunk(2, dim=2), v))            # (B, nh, T, hs)
+        visible = None
         if cache is not None:
-            k, v = cache.append(k, v)                                              # (B, nh, S, hs)
+            k, v, visible = cache.add(k, v)                              # (B, nh, S, hs), (T, S)
         dropout = self.drop.p if self.training else 0.0
-        y = self.attention(q, k, v, dropout)                                       # (B, nh, T, hs)
+        y = self.attention(q, k, v, dropout, visible)                              # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads' outputs side by side
         return self.drop(self.c_proj(y))
 
@@ -129,31 +128,75 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
 
 
-class LayerCache:
-    """One layer's keys and values of the tokens read so far, at most `size` of them."""
+class Cache:
+    """The keys and values of the tokens read so far: the next token costs one token's work.
 
-    def __init__(self, size):
-        self.size = size
-        self.length = 0
+    Keys and values get room for many tokens at a time, and the number of tokens is also held as a
+    tensor. Thus a step has the same shapes for many tokens, and one compiled step or CUDA graph
+    serves them all, as in gpt-fast. Queries do not see the room that is not yet filled."""
 
-    def append(self, k, v):
-        """Add T tokens' k and v (B, nh, T, hs); return those of all tokens, (B, nh, S, hs)."""
-        if self.length == 0:   # the first keys tell batch, heads, dtype and device
-            shape = (*k.shape[:2], self.size, k.size(3))
-            self.k = k.new_empty(shape)
-            self.v = v.new_empty(shape)
-        start = self.length
-        self.length += k.size(2)
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+    def __init__(self, config, device):
+        on_processor = torch.device(device).type == 'cpu'
+        self.span = 64 if on_processor else 256   # a CUDA graph is recorded for every span
+        self.keys = torch.arange(config.block_size, device=device)   # all positions
+        self.length = 0                # tokens read
+        self.start = self.keys[:1].clone()   # the same number, as a tensor (1,)
+        self.room = 0                  # tokens that fit, S
+        self.position = None           # (T,), of the tokens that are being read
+        self.visible = None            # (T, S), or None while the prompt is read
+        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
+
+    def make_room(self, T):
+        """Make room for T more tokens. The prompt, read first, takes the room it needs."""
+        if self.length == 0:
+            self.room = T
+        elif self.length + T > self.room:
+            spans = math.ceil((self.length + T) / self.span)
+            more = min(len(self.keys), spans * self.span) - self.room
+            self.room += more
+            for layer in self.layers:
+                layer.k = F.pad(layer.k, (0, 0, 0, more))                          # (B, nh, S, hs)
+                layer.v = F.pad(layer.v, (0, 0, 0, more))
+
+    def begin(self, T):
+        """Return the positions (T,) of the tokens to be read, and note what they see."""
+        self.position = self.start + self.keys[:T]
+        self.visible = None
+        if self.length:
+            self.visible = self.keys[:self.room] <= self.position[:, None]         # (T, S)
+        return self.position
+
+    def advance(self, T):
+        """Count T tokens as read."""
+        self.length += T
+        self.start.fill_(self.length)
 
     def expand(self, rows):
-        """Repeat the single row that was read, so that `rows` texts can continue it."""
-        k = self.k[:, :, :self.length].expand(rows, -1, -1, -1)
-        v = self.v[:, :, :self.length].expand(rows, -1, -1, -1)
-        self.length = 0
-        self.append(k, v)
+        """Repeat the single text that was read, so that `rows` texts can continue it."""
+        for layer in self.layers:
+            layer.k = layer.k.expand(rows, -1, -1, -1)
+            layer.v = layer.v.expand(rows, -1, -1, -1)
+
+
+class LayerCache:
+    """One layer's part of a Cache: k and v (B, nh, S, hs)."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.k = None
+        self.v = None
+
+    def add(self, k, v):
+        """Add T tokens' k and v (B, nh, T, hs).
+
+        Return those of all tokens, (B, nh, S, hs), and which of them each query sees, (T, S)."""
+        if self.cache.visible is None:   # a prompt
+            self.k = k
+            self.v = v
+        else:
+            self.k.index_copy_(2, self.cache.position, k)
+            self.v.index_copy_(2, self.cache.position, v)
+        return self.k, self.v, self.cache.visible
 
 
 # ---- the other layers ----------------------------------------------------------------------------
@@ -209,6 +252,11 @@ def layer_norm(config):
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+def call(module, *inputs):
+    """Return module(*inputs). lib/decoding.py has another way to call blocks and the head."""
+    return module(*inputs)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -260,27 +308,32 @@ class GPT(nn.Module):
                                label_smoothing=smoothing)
         return logits, loss
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, run=call):
         """Return the vectors that the head reads: (B, T) -> (B, T, C).
 
-        cache: one LayerCache a layer; idx continues the tokens in it."""
+        cache: a Cache with room for idx, which continues the tokens in it. run: calls a block."""
         T = idx.size(1)
-        past = cache[0].length if cache else 0
+        past = 0 if cache is None else cache.length
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit block_size={self.config.block_size}; '
                              f'pass the last ones')
+        position = slice(0, T)
+        layers = [None] * self.config.n_layer
+        if cache is not None:
+            position = cache.begin(T)                                              # (T,)
+            layers = cache.layers
         x = self.transformer.wte(idx)                                              # (B, T, C)
         if self.config.pos == 'learned':
-            x = x + self.transformer.wpe.weight[past:past + T]
+            x = x + self.transformer.wpe.weight[position]
         x = self.drop(x)
         rope = None
         if self.config.pos == 'rope':
-            rope = self.rope[:, past:past + T]
-        for i, block in enumerate(self.transformer.h):
+            rope = self.rope[:, position]
+        for block, layer_cache in zip(self.transformer.h, layers):
             if self.config.grad_checkpointing and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rope, cache and cache[i])
+                x = run(block, x, rope, layer_cache)
         return self.transformer.ln_f(x)
 
     # ---- other ways to compute the same: see lib/fast.py, decoding.py and inside.py -------------
@@ -288,7 +341,7 @@ class GPT(nn.Module):
     def set_attention(self, attention):
         """Let all blocks, or for {layer: function} some, compute attention with another function.
 
-        attention(q, k, v, dropout=0.0) must return what fused_attention returns."""
+        attention(q, k, v, dropout=0.0, visible=None) must return what fused_attention returns."""
         if not isinstance(attention, dict):
             attention = dict.fromkeys(range(self.config.n_layer), attention)
         for layer, function in attention.items():
@@ -338,11 +391,11 @@ class GPT(nn.Module):
             first_seed = int(torch.randint(2**62, (), generator=generator, device=device))
         seeds = [first_seed + row for row in range(idx.size(0))]
         chance = chances(seeds, max(0, max_new_tokens)).to(idx.device)             # (B, new)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         tokens = [idx]
         self.eval()
         try:
-            for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p,
-                                   repetition_penalty, chance, kv_cache):
+            for new in self.stream(idx, max_new_tokens, sampling, chance, kv_cache):
                 last = tokens[-1][:, -1:]                                          # (B, 1)
                 tokens.append(torch.where(done, last, new))
                 done = done | torch.isin(tokens[-1], stop)
@@ -353,38 +406,57 @@ class GPT(nn.Module):
         return torch.cat(tokens, dim=1)
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-               repetition_penalty=1.0, chance=None, kv_cache=True):
+    def stream(self, idx, max_new_tokens, sampling, chance=None, kv_cache=True, step=None):
         """Yield the next token of every row, (B, 1), max_new_tokens times.
 
-        Arguments as in generate. chance (B, max_new_tokens): numbers from [0, 1) that decide the
-        draws above temperature 0. A single prompt can be continued several times: idx (1, T) and
-        one row of chance per sample."""
+        idx (B, T): the prompt. sampling: a Sampling. chance (B, max_new_tokens): numbers from
+        [0, 1) that decide the draws above temperature 0. A single prompt can be continued several
+        times: idx (1, T) and one row of chance per sample. step: a function that computes what
+        GPT.next_token computes; lib/decoding.py has faster ones."""
         self.check_prompt(idx)
-        check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        if max_new_tokens < 0:
+            raise ValueError(f'max_new_tokens={max_new_tokens}: allowed is 0 or more; '
+                             f'type --max_new_tokens=500')
         block_size = self.config.block_size
         rows = idx.size(0) if chance is None else chance.size(0)
-        cache = []
+        step = step or GPT.next_token
+        seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=idx.device)
+        seen.scatter_(1, idx.expand(rows, -1), True)                               # (B, V)
+        window = idx[:, -block_size:]     # all that the model can look at
+        unread = window                   # tokens that the cache does not hold
+        cache = None
         if kv_cache and idx.size(1) <= block_size:
-            cache = [LayerCache(block_size) for _ in self.transformer.h]
+            cache = Cache(self.config, idx.device)
         for i in range(max_new_tokens):
-            if cache and idx.size(1) <= block_size:
-                logits = self.next_logits(idx[:, cache[0].length:], cache)         # (B, V)
-            else:  # past block_size all positions shift, and cached keys would be at the wrong ones
-                logits = self.next_logits(idx[:, -block_size:])
-            if idx.size(0) < rows:
-                idx = idx.expand(rows, -1)
-                logits = logits.expand(rows, -1)
-                for layer in cache:
-                    layer.expand(rows)
+            if cache and cache.length == block_size:
+                cache = None   # all positions shift now; cached keys would be at the wrong ones
             draws = None if chance is None else chance[:, i:i + 1]                 # (B, 1)
-            new = choose(logits, idx, temperature, top_k, top_p, repetition_penalty, draws)
-            idx = torch.cat((idx, new), dim=1)                                     # (B, T + 1)
-            yield new                                                              # (B, 1)
+            if cache is None:
+                new = self.next_token(window, None, seen, draws, sampling)         # (B, 1)
+            else:
+                cache.make_room(unread.size(1))
+                new = step(self, unread, cache, seen, draws, sampling)             # (B, 1)
+                cache.advance(unread.size(1))
+                if unread.size(0) < rows:
+                    cache.expand(rows)
+            unread = new
+            window = torch.cat((window.expand(rows, -1), new), dim=1)[:, -block_size:]
+            seen.scatter_(1, new, True)
+            yield new
 
-    def next_logits(self, idx, cache=None):
+    def next_token(self, idx, cache, seen, draws, sampling, run=call):
+        """Return the next token of every text, (B, 1): one step of sampling.
+
+        idx (B, T): the prompt, the newest token, or without a cache the whole window. A prompt
+        (1, T) serves all texts. seen (B, V): True for the tokens that occurred. draws (B, 1):
+        numbers from [0, 1), or None at temperature 0."""
+        logits = self.next_logits(idx, cache, run).expand(seen.size(0), -1)        # (B, V)
+        return choose(logits, seen[:, :logits.size(1)], draws, sampling)
+
+    def next_logits(self, idx, cache=None, run=call):
         """Return the logits of the token after idx (B, T), in fp32, for drawable ones: (B, V)."""
-        return self.lm_head(self.hidden(idx, cache)[:, -1])[:, :self.drawable].float()
+        x = self.hidden(idx, cache, run)[:, -1]                                    # (B, C)
+        return run(self.lm_head, x)[:, :self.drawable].float()
 
     def check_prompt(self, idx):
         """Raise ValueError for a prompt that is empty or holds tokens that do not exist."""
@@ -534,30 +606,44 @@ def rope_table(config):
 
 # ---- from logits to a token ----------------------------------------------------------------------
 
-def choose(logits, idx, temperature, top_k, top_p, repetition_penalty, chance):
-    """Return the next token (B, 1) from logits (B, V) and the tokens so far idx (B, T).
+@dataclass
+class Sampling:
+    """How a token is chosen. Raises ValueError for a setting that means nothing."""
+    temperature: float = 1.0          # 0 takes the likeliest token
+    top_k: int | None = None          # keep the k likeliest tokens
+    top_p: float | None = None        # keep the fewest tokens that hold this share
+    repetition_penalty: float = 1.0   # above 1: tokens that occurred are less likely
 
-    At temperature 0 it is the likeliest, else the one that chance (B, 1) draws."""
-    if temperature == 0:
-        return penalized(logits, idx, repetition_penalty).argmax(dim=1, keepdim=True)
-    if chance is None:
-        raise ValueError(f'temperature={temperature} draws, and chance is None; '
+    def __post_init__(self):
+        check_sampling(self)
+
+
+def choose(logits, seen, draws, sampling):
+    """Return the next token (B, 1) from logits (B, V).
+
+    seen (B, V): True for tokens of the text so far. At temperature 0 the token is the likeliest,
+    else the one that draws (B, 1) picks."""
+    if sampling.temperature == 0:
+        return penalized(logits, seen, sampling).argmax(dim=1, keepdim=True)
+    if draws is None:
+        raise ValueError(f'temperature={sampling.temperature} draws, and chance is None; '
                          f'pass chances(seeds, max_new_tokens)')
-    probs = probabilities(logits, idx, temperature, top_k, top_p, repetition_penalty)   # (B, V)
-    return draw(probs, chance)
+    return draw(probabilities(logits, seen, sampling), draws)
 
 
-def probabilities(logits, idx, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0):
+def probabilities(logits, seen, sampling):
     """Return what the next token is drawn from, (B, V): rows that sum to 1.
 
-    logits (B, V), idx (B, T) the tokens so far. Penalty, temperature (above 0), top_k and top_p
-    apply in this order, with the meaning that transformers gives them."""
-    logits = penalized(logits, idx, repetition_penalty)
+    logits and seen (B, V). Penalty, temperature (above 0), top_k and top_p apply in this order,
+    with the meaning that transformers gives them."""
+    logits = penalized(logits, seen, sampling)
     logits = logits - logits.amax(dim=1, keepdim=True)   # never above 0, never 0/0
-    logits = logits / max(temperature, 1e-20)
+    logits = logits / max(sampling.temperature, 1e-20)
+    top_k = sampling.top_k
     if top_k is not None and top_k < logits.size(1):
         kept = logits.topk(top_k)   # exactly k, also on ties
         logits = torch.full_like(logits, float('-inf')).scatter(1, kept.indices, kept.values)
+    top_p = sampling.top_p
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         shares = ordered.softmax(dim=1)
@@ -567,13 +653,13 @@ def probabilities(logits, idx, temperature=1.0, top_k=None, top_p=None, repetiti
     return logits.softmax(dim=1)
 
 
-def penalized(logits, idx, repetition_penalty):
-    """Return logits (B, V) with the tokens of idx (B, T) less likely (CTRL, arXiv 1909.05858)."""
-    if repetition_penalty == 1.0:
+def penalized(logits, seen, sampling):
+    """Return logits (B, V) with the tokens seen (B, V) less likely (CTRL, arXiv 1909.05858)."""
+    penalty = sampling.repetition_penalty
+    if penalty == 1.0:
         return logits
-    seen = logits.gather(1, idx)
-    seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-    return logits.scatter(1, idx, seen.clamp(-1e30, 1e30))   # inf - inf would be no number
+    lower = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, lower.clamp(-1e30, 1e30), logits)   # inf - inf would be no number
 
 
 def chances(seeds, count):
@@ -744,18 +830,18 @@ def check_config(config):
                          f"= {hs} is odd, not even; type --pos=learned")
 
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty):
-    """Raise ValueError for a setting of generate that means nothing."""
-    def require(good, name, value, allowed):
+def check_sampling(sampling):
+    """Raise ValueError for a Sampling that means nothing."""
+    def require(good, name, allowed):
         if not good:
-            raise ValueError(f'{name}={value!r}: allowed is {allowed}')
+            raise ValueError(f'{name}={getattr(sampling, name)!r}: allowed is {allowed}')
 
-    require(max_new_tokens >= 0, 'max_new_tokens', max_new_tokens,
-            '0 or more; type --max_new_tokens=500')
-    require(temperature >= 0, 'temperature', temperature, '0 or more; type --temperature=0.8')
-    require(top_k is None or type(top_k) is int and top_k >= 1, 'top_k', top_k,
+    top_k = sampling.top_k
+    top_p = sampling.top_p
+    require(sampling.temperature >= 0, 'temperature', '0 or more; type --temperature=0.8')
+    require(top_k is None or type(top_k) is int and top_k >= 1, 'top_k',
             'None or 1 or more; type --top_k=20')
-    require(top_p is None or not isinstance(top_p, str) and 0 < top_p <= 1, 'top_p', top_p,
+    require(top_p is None or not isinstance(top_p, str) and 0 < top_p <= 1, 'top_p',
             'in (0, 1]; type --top_p=0.9')
-    require(repetition_penalty > 0, 'repetition_penalty', repetition_penalty,
+    require(sampling.repetition_penalty > 0, 'repetition_penalty',
             'above 0; type --repetition_penalty=1.0')

@@ -20,7 +20,7 @@ from lib.checkpoint import open_model
 from lib.configurator import check, configure
 from lib.console import as_typed, fail, read_prompt, say, write
 from lib.data import with_split
-from model import GPT, chances, check_sampling
+from model import GPT, Sampling, chances
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', a hub name, or a folder
 out_dir = 'out'          # folder of the run
@@ -48,11 +48,7 @@ MOST_TOKENS = 1 << 24   # tokens of all samples together
 
 def check_knobs():
     """Fail for a knob that means nothing."""
-    check(knobs, num_samples=1, quantize=('', 'int8'), seed=0)
-    try:
-        check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    except ValueError as error:
-        fail(error)
+    check(knobs, num_samples=1, max_new_tokens=0, quantize=('', 'int8'), seed=0)
     if num_samples * max(1, max_new_tokens) > MOST_TOKENS:
         fail(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} are more than '
              f'{MOST_TOKENS:,} tokens; type --max_new_tokens=500, or fewer --num_samples')
@@ -140,9 +136,27 @@ def write_samples(new_tokens, prompt, tokenizer):
         write(written + text.rest())
 
 
+def find_sampling():
+    """Return the knobs of sampling as a Sampling; fail where one of them means nothing."""
+    try:
+        return Sampling(temperature, top_k, top_p, repetition_penalty)
+    except ValueError as error:
+        fail(error)
+
+
+def find_step():
+    """Return the function that makes a token: a faster GPT.next_token where there is one."""
+    if device.startswith('cuda'):
+        return decoding.GraphedStep()
+    if compile:
+        return decoding.compiled_step
+    return GPT.next_token
+
+
 # ---- the story -----------------------------------------------------------------------------------
 
 check_knobs()
+sampling = find_sampling()
 opened = open_model(init_from, out_dir, checkpoint, data_dir, given)
 model = opened.model
 prompt = read_prompt(start)
@@ -159,15 +173,11 @@ model.to(device).eval()
 narrow(model, opened)
 say(f'{opened.where}, {parameters:,} parameters, '
     f'{decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
-if compile:
-    decoding.compile_steps(model)
 say_limits(len(ids), model.config.block_size)
 
 seeds = [seed + i for i in range(num_samples)]
 chance = chances(seeds, max_new_tokens).to(device)                                   # (B, new)
-stream = decoding.graph_stream if device.startswith('cuda') else GPT.stream
 precision = 'float32' if device == 'cpu' else dtype   # a narrowed model on a CPU needs no autocast
 with runtime.autocast(device, precision):
-    new_tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
-                        chance, kv_cache)
+    new_tokens = model.stream(idx, max_new_tokens, sampling, chance, kv_cache, find_step())
     write_samples(new_tokens, prompt, opened.tokenizer)

@@ -3,12 +3,12 @@ One token after another, as fast as the memory allows, for sample.py, evaluate.p
 
 A step of one token uses every weight once, so it takes as long as reading the weights. Three
 things help. `narrow` keeps the weights in bf16, or in int8 with a scale for each row.
-`compile_steps` reads them in loops that keep up with the memory. On a GPU, where launching some
-200 small kernels takes longer than running them, `graph_stream` replays a step as one CUDA graph.
-Figures: results/sampling/.
+`compiled_step` reads them in loops that keep up with the memory. On a GPU, where launching some
+200 small kernels takes longer than running them, `GraphedStep` replays a step as one CUDA graph.
+Both compute GPT.next_token, and GPT.stream takes them as `step`. Figures: results/sampling/.
 """
+import functools
 import math
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lib.data import evaluation_batches
 from lib.evaluation import mean_loss
 from lib.runtime import aside, captured, cpu_has_avx512
-from model import Block, LayerCache, check_sampling, choose, fused_attention
+from model import Block, fused_attention
 
 # ---- narrow weights ------------------------------------------------------------------------------
 
@@ -148,49 +148,51 @@ def weight_bytes(model):
     return total
 
 
-def attend(q, k, v, dropout=0.0):
+def attend(q, k, v, dropout=0.0, visible=None):
     """Return fused_attention, for the single query of a step on a processor by two faster ways.
 
-    q (B, nh, 1, hs), k and v (B, nh, S, hs). In a compiled step two products become loops over k
-    and v: for 256 keys of GPT-2 0.08 ms a layer, where the fused kernel takes 0.3. Otherwise the
-    fused kernel runs without oneDNN, which fp32 products profit from elsewhere: for 8 texts and
-    1,000 keys 2.2 instead of 5.4 ms."""
-    if q.size(2) > 1 or q.device.type != 'cpu':
-        return fused_attention(q, k, v, dropout)
+    q (B, nh, 1, hs), k and v (B, nh, S, hs), visible (1, S). In a compiled step two products become
+    loops over k and v: for 256 keys of GPT-2 0.08 ms a layer, where the fused kernel takes 0.3.
+    Otherwise the fused kernel runs without oneDNN, which fp32 products profit from elsewhere: for 8
+    texts and 1,000 keys 2.2 instead of 5.4 ms."""
+    if q.size(2) > 1 or q.device.type != 'cpu' or visible is None:
+        return fused_attention(q, k, v, dropout, visible)
     if torch.compiler.is_compiling():
         scores = (q * k).sum(dim=-1, keepdim=True) / math.sqrt(q.size(-1))    # (B, nh, S, 1)
+        scores = scores.masked_fill(~visible.t(), float('-inf'))
         return (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)           # (B, nh, 1, hs)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
-    y = fused_attention(q, k, v, dropout)                                     # (B, nh, 1, hs)
+    y = fused_attention(q, k, v, dropout, visible)                            # (B, nh, 1, hs)
     torch.set_float32_matmul_precision(before)
     return y
 
 
 # ---- compiled steps ------------------------------------------------------------------------------
 
-def compile_steps(model):
-    """Compile a single token's way through the model: the block once for all layers, and the head.
+def compiled_step(model, idx, cache, seen, draws, sampling):
+    """Return GPT.next_token, for a single token of one text with the blocks and the head compiled.
 
-    It takes 4 s for GPT-2; the whole step as one graph takes 40 (results/negative.md). Several
-    tokens or texts at a time stay uncompiled."""
-    def single(layer, fast):
-        eager = layer.forward
+    The blocks share their code, which takes 4 s for GPT-2 to compile; the whole step as one graph
+    takes 40 (results/negative.md). Several tokens or texts at a time stay uncompiled."""
+    if idx.numel() > 1 or not cache.length:
+        return model.next_token(idx, cache, seen, draws, sampling)
+    return model.next_token(idx, cache, seen, draws, sampling, run=call_compiled)
 
-        def forward(x, *rest):
-            if x.numel() == x.size(-1):
-                return fast(layer, x, *rest)
-            return eager(x, *rest)
-        layer.forward = forward
-    # dynamic: the context grows with every token
-    block = torch.compile(Block.forward, dynamic=True)
-    for layer in model.transformer.h:
-        single(layer, block)
-    single(model.lm_head, torch.compile(NarrowLinear.forward))
+
+def call_compiled(module, *inputs):
+    """Return module(*inputs), for a block or a narrowed head."""
+    return compiled_forward(type(module))(module, *inputs)
+
+
+@functools.cache
+def compiled_forward(kind):
+    """Return the forward of a class of modules, compiled. A block's keys grow: dynamic shapes."""
+    return torch.compile(kind.forward, dynamic=True if kind is Block else None)
 
 
 def compiling_pays(model, device, dtype, quantize, tokens, rows):
-    """Return whether compile_steps is worth its 4 to 7 seconds for so many tokens.
+    """Return whether compiled_step is worth its 4 to 7 seconds for so many tokens.
 
     tokens: those within block_size. Judged by the arguments alone, not by a clock: compiled and
     uncompiled steps round differently, and the same command must give the same text."""
@@ -202,96 +204,37 @@ def compiling_pays(model, device, dtype, quantize, tokens, rows):
 
 # ---- one CUDA graph a step -----------------------------------------------------------------------
 
-class GraphCache(LayerCache):
-    """A LayerCache that writes where a tensor says, so that one graph fits every position."""
+class GraphedStep:
+    """GPT.next_token, recorded as a CUDA graph whenever the cache grows, else replayed.
 
-    def __init__(self, filled, state):
-        self.k = filled.k
-        self.v = filled.v
-        self.state = state
-        for t in (self.k, self.v):   # masked places are still multiplied, by 0
-            t[:, :, filled.length:] = 0
+    A graph reads and writes the same memory at every replay. The cache, `seen` and `start` stay
+    where they are; the token and its draw are copied to where the graph reads them. On a processor
+    the step runs without a graph, which is how it is tested there."""
 
-    def append(self, k, v):
-        self.k.index_copy_(2, self.state.position, k)
-        self.v.index_copy_(2, self.state.position, v)
-        return self.k[:, :, :self.state.span], self.v[:, :, :self.state.span]
+    def __init__(self):
+        self.recorded = None   # the cache, and its room, that the graph was recorded for
 
+    def __call__(self, model, idx, cache, seen, draws, sampling):
+        if not cache.length:   # the prompt
+            return model.next_token(idx, cache, seen, draws, sampling)
+        if self.recorded != (cache, cache.room):
+            self.record(model, idx, cache, seen, draws, sampling)
+            self.recorded = (cache, cache.room)
+        self.idx.copy_(idx)
+        if draws is not None:
+            self.draws.copy_(draws)
+        self.replay()
+        return self.new.clone()
 
-@torch.inference_mode()
-def graph_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 repetition_penalty=1.0, chance=None, kv_cache=True):
-    """Yield what model.stream yields; on a GPU a step, with the choice, is a CUDA graph.
+    def record(self, model, idx, cache, seen, draws, sampling):
+        self.idx = idx.clone()                                                # (B, 1)
+        self.draws = None if draws is None else draws.clone()                 # (B, 1)
 
-    A graph attends to a span of keys, of which those not yet written are masked; a new one is
-    recorded when the span is full. On a processor the same step runs without a graph, which is how
-    it is tested there."""
-    block_size = model.config.block_size
-    knobs = (temperature, top_k, top_p, repetition_penalty)
-    idx = idx.long()
-    model.check_prompt(idx)
-    check_sampling(max_new_tokens, *knobs)
-    rows = idx.size(0) if chance is None else chance.size(0)
-    T = idx.size(1)
-    device = idx.device
-    steps = 0   # steps with room for one more key
-    if kv_cache and T:
-        steps = min(max_new_tokens - 1, block_size - T)
-    if steps < 1 or not model.transformer.h:
-        yield from model.stream(idx, max_new_tokens, *knobs, chance, kv_cache)
-        return
+        def step():
+            self.new = model.next_token(self.idx, cache, seen, self.draws, sampling)
 
-    cache = [LayerCache(block_size) for _ in model.transformer.h]
-    logits = model.next_logits(idx, cache).expand(rows, -1)                   # (B, V)
-    idx = idx.expand(rows, -1)                                                # (B, T)
-    for layer in cache:
-        if layer.k.size(0) < rows:
-            layer.expand(rows)
-    first_draw = None if chance is None else chance[:, :1]
-    state = SimpleNamespace(position=torch.full((1,), T, device=device), span=0, mask=None,
-                            token=choose(logits, idx, *knobs, first_draw))
-    if chance is None:   # nothing is drawn
-        chance = torch.zeros(rows, max_new_tokens, device=device)
-    cache = [GraphCache(layer, state) for layer in cache]
-    # tokens so far; places not yet written hold a token that has been seen
-    seen = torch.cat((idx, idx[:, -1:].expand(rows, block_size + 1 - T)), dim=1)
-    seen.index_copy_(1, state.position, state.token)
-    yield state.token.clone()
-
-    def masked(q, k, v, dropout=0.0):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=state.mask)
-
-    def following():
-        """Return the token after state.token, which is at state.position."""
-        x = model.transformer.wte(state.token)                                # (B, 1, C)
-        if model.config.pos == 'learned':
-            x = x + model.transformer.wpe(state.position)
-        rope = None
-        if model.config.pos == 'rope':
-            rope = model.rope[:, state.position]
-        state.mask = torch.arange(state.span, device=device)[None] <= state.position   # (1, S)
-        for block, layer in zip(model.transformer.h, cache):
-            x = block(x, rope, layer)
-        logits = model.lm_head(model.transformer.ln_f(x)[:, -1])              # (B, V)
-        draws = chance.index_select(1, state.position + 1 - T)
-        return choose(logits[:, :model.drawable].float(), seen, *knobs, draws)
-
-    def step():
-        state.token.copy_(following())
-        state.position += 1
-        seen.index_copy_(1, state.position, state.token)
-
-    with model.attention_set(masked):
-        for i in range(T, T + steps):
-            if i >= state.span:
-                state.span = min(block_size, 256 * (i // 256 + 1))
-                replay = step
-                if device.type == 'cuda':
-                    # compiles and allocates what must not be recorded
-                    aside(lambda: [following() for _ in range(3)])
-                    replay = captured(step)
-            replay()
-            yield state.token.clone()
-    if steps + 1 < max_new_tokens:   # past block_size the window is recomputed
-        left = max_new_tokens - steps - 1
-        yield from model.stream(seen, left, *knobs, chance[:, steps + 1:], kv_cache=False)
+        self.replay = step
+        if idx.device.type == 'cuda':
+            # compiles and allocates what must not be recorded
+            aside(lambda: [step() for _ in range(3)])
+            self.replay = captured(step)

@@ -114,12 +114,12 @@ class SigmoidGELU(torch.autograd.Function):
 
 # ---- attention on a processor --------------------------------------------------------------------
 
-def attend(q, k, v, dropout=0.0):
+def attend(q, k, v, dropout=0.0, visible=None):
     """Return model.py's attention, in training by blocks where that is faster; (B, nh, T, hs)."""
-    T, S = q.size(-2), k.size(-2)
-    in_training = q.requires_grad and T == S and not torch.compiler.is_compiling()
+    in_training = q.requires_grad and visible is None and not torch.compiler.is_compiling()
     if not in_training or not blocks_pay(q.dtype, dropout):
-        return fused_attention(q, k, v, dropout)
+        return fused_attention(q, k, v, dropout, visible)
+    T = q.size(-2)
     block = max(64, min(256, T // 4))
     q3, k3, v3 = (t.flatten(0, 1) for t in (q, k, v))                     # (B·nh, T, hs)
     # autocast would turn the weights into fp32, and into bf16 again for their product

@@ -49,9 +49,9 @@ def watched(model, layers, outputs=False):
     seen = {}
 
     def explicit_attention_of(layer):
-        def explicit(q, k, v, dropout=0.0):
+        def explicit(q, k, v, dropout=0.0, visible=None):
             with torch.autocast(q.device.type, enabled=False):
-                weights = attention_weights(q.float(), k.float())         # (B, nh, T, S)
+                weights = attention_weights(q.float(), k.float(), visible)   # (B, nh, T, S)
                 y = weights @ v.float()                                   # (B, nh, T, hs)
             seen[layer] = dict(weights=weights.cpu())
             if outputs:
