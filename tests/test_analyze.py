@@ -253,24 +253,24 @@ def test_a_dataset_of_another_tokenizer_is_named(analyze, refused_analysis, run)
     refused_analysis(words=['data/mini has another tokenizer', '--start=TEXT'])
 
 
-@pytest.fixture
-def tiny_gpt2(folder, gpt2_files):
-    """Write a random GPT-2 as the folder tiny, in Hugging Face's format."""
+def write_tiny_gpt2(folder):
+    """Write a random GPT-2 into a folder, in Hugging Face's format."""
     from transformers import GPT2Config
 
     from lib import tokenizers
     from model import GPT, GPTConfig
     torch.manual_seed(0)
-    GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)).save_pretrained('tiny')
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)).save_pretrained(str(folder))
     files = tokenizers.hf_tokenizer_files(tokenizers.GPT2Tokenizer(), 32)
     for name, content in files.items():
         if not isinstance(content, str):
             content = json.dumps(content)
-        (folder / 'tiny' / name).write_text(content)
-    assert GPT2Config.from_pretrained('tiny').n_embd == 16
+        (folder / name).write_text(content)
+    assert GPT2Config.from_pretrained(folder).n_embd == 16
 
 
-def test_a_gpt2_of_hugging_face(analyze, folder, tiny_gpt2):
+def test_a_gpt2_of_hugging_face(analyze, folder, gpt2_files):
+    write_tiny_gpt2(folder / 'tiny')
     text = '--start=When Mary and John went to the store, John gave'
     result = analyze('--init_from=tiny', text)
     assert result.code == 0, result.err
@@ -279,12 +279,11 @@ def test_a_gpt2_of_hugging_face(analyze, folder, tiny_gpt2):
     tokens = report_of(folder / 'out/analysis-tiny/report.html')['tokens']
     assert tokens[1] == ' Mary'
 
-
-def test_a_folder_that_was_typed_is_this_models_own(analyze, folder, tiny_gpt2):
-    """In a folder that holds a run, the analysis of another model gets a name of its own."""
-    flags = ['--init_from=./tiny/', '--out_dir=mine', '--start=When Mary and John']
+    # A folder that was typed and holds no run gets the analysis under its plain name.
+    flags = ['--init_from=./tiny/', '--out_dir=mine', text]
     assert analyze(*flags).code == 0
     assert os.listdir('mine') == ['analysis']
+    # A folder with a run gets the analysis of another model under that model's name.
     (folder / 'mine/ckpt.pt').write_bytes(b'')
     assert analyze(*flags).code == 0
     assert sorted(os.listdir('mine')) == ['analysis', 'analysis-tiny', 'ckpt.pt']
