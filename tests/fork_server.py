@@ -1,10 +1,13 @@
 """
-A python command that starts in a few hundredths of a second with torch imported: every start is a fork of one server.
+A python command that starts in a few hundredths of a second, because torch is imported already.
 
-conftest.py starts the server and names the command PYTHON, which runs fork_client.py. The client hands its arguments,
-working folder, environment and open files to the server, passes signals on, and ends as the fork ends. Where a fork would
-differ from a fresh start (see `can_fork`), the client starts Python afresh. All forks share one seed of hashes: what depends
-on the order of a set shows only between processes started afresh.
+conftest.py starts this server and names the command PYTHON, which runs fork_client.py. The client
+sends its arguments, working folder, environment and open files to the server. The server forks,
+and the fork runs the script. The client forwards signals to the fork and ends as the fork ends.
+
+Where a fork would differ from a new process (see `can_fork`), the client starts Python itself.
+All forks share one seed for hashes. A result that depends on the order of a set varies only
+between processes that were started by themselves.
 """
 import atexit
 import contextlib
@@ -26,19 +29,39 @@ from dataclasses import dataclass
 
 from pixel import write_pixel
 
-# The scripts' slow imports. The project's own modules are not among them: some tests run a changed copy of those.
-IMPORTS = ('torch', 'torch._dynamo', 'torch.distributed.fsdp', 'matplotlib.pyplot', 'scipy.stats')
-# Variables that Python or a package reads while it starts: in a fork a new value would come too late.
-READ_AT_START = ('PYTHON', 'LD_', 'LANG', 'LC_', 'OMP_', 'MKL_', 'ATEN_', 'ONEDNN_', 'CXX', 'HF_', 'MPL')
+# Slow imports of the scripts. The project's own modules are missing here on purpose, because some
+# tests run a changed copy of them.
+IMPORTS = (
+    'torch',
+    'torch._dynamo',
+    'torch.distributed.fsdp',
+    'matplotlib.pyplot',
+    'scipy.stats',
+)
+# Prefixes of the variables that Python or a package reads while it starts. A fork cannot change
+# them any more.
+READ_AT_START = (
+    'PYTHON',
+    'LD_',
+    'LANG',
+    'LC_',
+    'OMP_',
+    'MKL_',
+    'ATEN_',
+    'ONEDNN_',
+    'CXX',
+    'HF_',
+    'MPL',
+)
 REQUEST_BYTES = 1 << 20
 MOST_FILES = 250
-PR_SET_PDEATHSIG = 1   # prctl's number for: the signal to get when the parent ends
+PR_SET_PDEATHSIG = 1   # an option of prctl: choose a signal to receive when the parent ends
 
 
 @dataclass
 class Request:
-    """What a client asks for."""
-    executable: str     # the command itself, for scripts that start others
+    """A client's request to run a script."""
+    executable: str     # the command PYTHON, for scripts that start other scripts
     words: list         # Python's arguments
     folder: str         # the working folder
     environment: dict
@@ -47,14 +70,17 @@ class Request:
 
 @dataclass
 class Fork:
-    """A script that runs for a client."""
+    """A fork that runs a script for a client."""
     pid: int
     ended: int          # a file descriptor that is readable when the script has ended
     client: socket.socket
 
 
 def receive(client):
-    """Return a Request, read as a line of JSON and the client's open files; return None for a client that was killed."""
+    """Return a Request, or None if the client was killed.
+
+    A request is a line of JSON, sent along with the client's open files.
+    """
     line, files, _, _ = socket.recv_fds(client, REQUEST_BYTES, MOST_FILES)
     while not line.endswith(b'\n'):
         more = client.recv(REQUEST_BYTES)
@@ -63,9 +89,15 @@ def receive(client):
                 os.close(file)
             return None
         line += more
-    asked = json.loads(line)
-    numbers = asked.pop('files')
-    return Request(**asked, files=dict(zip(numbers, files, strict=True)))
+    fields = json.loads(line)
+    numbers = fields.pop('files')
+    return Request(**fields, files=dict(zip(numbers, files, strict=True)))
+
+
+def send(client, line):
+    """Send a line to a client. A client that was killed is not an error."""
+    with contextlib.suppress(OSError):
+        client.sendall(line)
 
 
 def read_at_start(environment):
@@ -74,78 +106,95 @@ def read_at_start(environment):
 
 
 def can_fork(request):
-    """Return whether a fork does what a fresh start would: for a script, -m or -c, in the same environment."""
+    """Return whether a fork behaves like a new process.
+
+    This holds for a script, -m or -c, in the environment that the server was started in.
+    """
     words = request.words
     if words[:1] == ['-u']:
         words = words[1:]
-    if not words:   # Python reads stdin
+    if not words:   # Python would read a program from stdin
         return False
     known = words[0] in ('-c', '-m') or os.path.isfile(os.path.join(request.folder, words[0]))
     return known and read_at_start(request.environment) == read_at_start(os.environ)
 
 
 def serve(listener):
-    """Fork for each client. Returns its Request in the fork; returns None in the server when the tests have ended."""
+    """Fork for each client until stdin is closed.
+
+    Return a client's Request in each fork, and None in the server when the tests have ended.
+    """
     forks = []
     while True:
-        waited_for = [0, listener, *(fork.ended for fork in forks), *(fork.client for fork in forks)]
-        ready, _, _ = select.select(waited_for, [], [])
-        if 0 in ready:   # stdin is closed: the tests have ended
+        ended = [fork.ended for fork in forks]
+        clients = [fork.client for fork in forks]
+        ready, _, _ = select.select([0, listener, *ended, *clients], [], [])
+        if 0 in ready:   # stdin is closed, so the tests have ended
             for fork in forks:
-                with contextlib.suppress(OSError):   # a fork leads a group: what it has started ends with it
+                # A fork leads a process group: the processes that it has started end with it.
+                with contextlib.suppress(OSError):
                     os.killpg(fork.pid, signal.SIGKILL)
             return None
         for fork in [fork for fork in forks if fork.ended in ready]:
             _, status = os.waitpid(fork.pid, 0)
-            with contextlib.suppress(OSError):   # the client may have been killed
-                fork.client.sendall(b'%d\n' % os.waitstatus_to_exitcode(status))
+            send(fork.client, b'%d\n' % os.waitstatus_to_exitcode(status))
             forget(fork)
             forks.remove(fork)
-        for fork in [fork for fork in forks if fork.client in ready]:   # the client was killed
-            os.kill(fork.pid, signal.SIGKILL)
-        if listener in ready:
-            client, _ = listener.accept()
-            request = receive(client)
-            if request is None:
+        for fork in forks:
+            if fork.client in ready:   # the client was killed
+                os.kill(fork.pid, signal.SIGKILL)
+        if listener not in ready:
+            continue
+
+        client, _ = listener.accept()
+        request = receive(client)
+        if request is None:
+            client.close()
+        elif can_fork(request):
+            pid = os.fork()
+            if pid == 0:
+                for fork in forks:
+                    forget(fork)
                 client.close()
-                continue
-            if can_fork(request):
-                pid = os.fork()
-                if pid == 0:
-                    for fork in forks:
-                        forget(fork)
-                    client.close()
-                    listener.close()
-                    return request
-                with contextlib.suppress(OSError):   # the client may have been killed; its fork is ended below
-                    client.sendall(b'%d\n' % pid)
-                forks.append(Fork(pid, os.pidfd_open(pid), client))
-            else:
-                with contextlib.suppress(OSError):   # the client may have been killed
-                    client.sendall(b'start afresh\n')
-                client.close()
-            for file in request.files.values():
-                os.close(file)
+                listener.close()
+                return request
+            send(client, b'%d\n' % pid)
+            forks.append(Fork(pid, os.pidfd_open(pid), client))
+            close_files(request)
+        else:
+            send(client, b'start afresh\n')
+            client.close()
+            close_files(request)
+
+
+def close_files(request):
+    """Close the server's copies of a client's files."""
+    for file in request.files.values():
+        os.close(file)
 
 
 def forget(fork):
+    """Close the files that belong to a fork."""
     os.close(fork.ended)
     fork.client.close()
 
 
 def become(request):
     """Take over a client's files, working folder and environment."""
-    os.setsid()   # signals for the client's group reach the fork through the client alone
+    os.setsid()   # signals to the client's process group reach the fork only through the client
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.close(0)
+    # Copy the files above every number that the client uses, then to the client's own numbers.
     free = max(request.files, default=0) + 1
-    copies = {number: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, free) for number, file in request.files.items()}
-    for file in request.files.values():
-        os.close(file)
+    copies = {}
+    for number, file in request.files.items():
+        copies[number] = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, free)
+    close_files(request)
     for number, file in copies.items():
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # also where the tests' own shell ignores SIGINT
+    # Restore Ctrl-C, even if the shell that started the tests ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
@@ -156,18 +205,21 @@ def run(words):
     """Run `python WORDS`."""
     if words[0] == '-u':
         words = words[1:]
-        sys.stdout = open(1, 'w', encoding=sys.stdout.encoding, buffering=1, closefd=False)   # a line at a time
-    sys.modules['__main__'] = main = types.ModuleType('__main__')
-    kind, sys.argv = words[0], words
-    if kind == '-m':
+        encoding = sys.stdout.encoding
+        line_by_line = 1
+        sys.stdout = open(1, 'w', encoding=encoding, buffering=line_by_line, closefd=False)
+    main = types.ModuleType('__main__')
+    sys.modules['__main__'] = main
+    if words[0] == '-m':
         sys.argv = words[1:]
         sys.path[0] = os.getcwd()
-        runpy._run_module_as_main(words[1])   # what Python does for -m
-    elif kind == '-c':
+        runpy._run_module_as_main(words[1])   # the function that Python itself calls for -m
+    elif words[0] == '-c':
         sys.argv = ['-c', *words[2:]]
         sys.path[0] = ''
         exec(words[1], main.__dict__)
     else:
+        sys.argv = words
         main.__file__ = os.path.abspath(words[0])
         sys.path[0] = os.path.dirname(os.path.realpath(words[0]))
         with open(main.__file__, 'rb') as f:
@@ -176,7 +228,7 @@ def run(words):
 
 
 def exit_code(act):
-    """Call act(); returns the exit code that Python would have: see sys.exit."""
+    """Call act(). Return the exit code that Python would end with, as sys.exit describes it."""
     try:
         act()
     except SystemExit as stop:
@@ -195,7 +247,10 @@ def exit_code(act):
 
 
 def leave(code):
-    """End the process as Python does, but without freeing every object of torch's, which takes a third of a second."""
+    """End the process as Python does, except that torch's objects are not freed.
+
+    Freeing them takes a third of a second.
+    """
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -203,7 +258,7 @@ def leave(code):
             if stream is not None and not stream.closed:
                 stream.flush()
         except OSError:
-            code = 120   # Python's own for this
+            code = 120   # Python's own exit code for a stream that cannot be flushed
     os._exit(code & 0xff)
 
 
@@ -211,9 +266,10 @@ if __name__ == '__main__':
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    with contextlib.suppress(KeyError):   # pictures are drawn where pytest's own processes run the scripts
+    # Forks write one pixel for each picture. Pictures are tested in pytest's own processes.
+    with contextlib.suppress(KeyError):
         sys.modules['matplotlib.figure'].Figure.savefig = write_pixel
-    gc.freeze()   # a collection in a fork would copy every page of these modules
+    gc.freeze()   # without this, garbage collection in a fork copies every page of the imports
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
     if asked:
         become(asked)

@@ -1,4 +1,4 @@
-"""A stand-in for matplotlib's drawing, for tests that look at no picture."""
+"""A replacement for drawing with matplotlib, for tests that do not look at the picture."""
 
 PIXEL = bytes.fromhex(   # a PNG of one pixel
     '89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55'
@@ -6,6 +6,6 @@ PIXEL = bytes.fromhex(   # a PNG of one pixel
 
 
 def write_pixel(figure, path, **settings):
-    """Stand in for Figure.savefig, which takes a tenth of a second."""
+    """Write one pixel in place of Figure.savefig, which takes a tenth of a second."""
     with open(path, 'wb') as f:
         f.write(PIXEL)

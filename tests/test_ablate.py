@@ -1,4 +1,7 @@
-"""ablate.py: a study from start to table, cut off in the middle, and what it refuses. pytest tests/test_ablate.py"""
+"""ablate.py: a study from start to table, a study that is interrupted, and what is refused.
+
+    pytest tests/test_ablate.py
+"""
 import json
 import math
 import os
@@ -7,217 +10,324 @@ import shutil
 import signal
 import statistics
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import KILL, PYTHON, ROOT
 
-TINY = '--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 --warmup_iters=0 ' \
-       '--eval_iters=2 --dtype=float32 --dataset=mini'
+# Flags of train.py for a run of less than a second.
+TINY = (
+    '--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=6 --eval_interval=3 '
+    '--warmup_iters=0 --eval_iters=2 --dtype=float32 --dataset=mini'
+)
 FLAGS = ['--device=cpu', f'--flags={TINY}']
-STUDY = pytest.mark.xdist_group('study')   # in one worker: the fixture whole takes 3 s
-HEADS = [*FLAGS, '--variants=1 head, 4 heads', '--seeds=2']
+HEADS = ['heads', *FLAGS, '--variants=1 head, 4 heads', '--seeds=2']
+# Flags that ablate.py adds for a run of the variant '1 head'.
+ONE_HEAD = [
+    '--n_head=1',
+    '--learning_rate=8e-3',
+    '--min_lr=0',
+    '--beta2=0.99',
+    '--gradient_accumulation_steps=1',
+]
+# Tests with this mark run in one worker, because the fixture `whole` takes 3 seconds.
+STUDY = pytest.mark.xdist_group('study')
+RESULTS = Path('results/ablations/heads.json')
 
 
-def results(name='heads'):
-    with open(f'results/ablations/{name}.json', encoding='utf-8') as f:
-        return json.load(f)
+def runs_of(name='heads'):
+    """Return the runs in a study's results."""
+    path = Path(f'results/ablations/{name}.json')
+    return json.loads(path.read_text(encoding='utf-8'))['runs']
 
 
-def losses(name='heads'):
-    return {(run['variant'], run['seed']): run['val_loss'] for run in results(name)['runs']}
+def losses_of(runs):
+    """Return {(variant, seed): validation loss}."""
+    return {(run['variant'], run['seed']): run['val_loss'] for run in runs}
+
+
+def change_meta(**changes):
+    """Change entries of data/mini/meta.json."""
+    path = Path('data/mini/meta.json')
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope='session')
 def whole(trained, tmp_path_factory):
-    """A working folder in which the study of two variants with two seeds has run in one piece; what it printed in said."""
+    """Return a folder in which a study of two variants and two seeds ran without interruption.
+
+    out.txt and err.txt hold what the study printed.
+    """
     home = tmp_path_factory.mktemp('whole')
     shutil.copytree(trained.parent / 'data', home / 'data')
-    done = subprocess.run([PYTHON, str(ROOT / 'ablate.py'), 'heads', *HEADS], cwd=home, capture_output=True, text=True,
-                          check=True, timeout=300)
+    done = subprocess.run(
+        [PYTHON, str(ROOT / 'ablate.py'), *HEADS],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     (home / 'out.txt').write_text(done.stdout)
     (home / 'err.txt').write_text(done.stderr)
     return home
 
 
+@pytest.fixture
+def study(whole, folder):
+    """Enter a copy of the folder `whole`. Return its path."""
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    return folder
+
+
+# ---- a study -----------------------------------------------------------------------------------
+
 @STUDY
-def test_a_study(whole, script, folder):
-    """Two variants, two seeds: train.py's own losses, a table of them, a picture; nothing is left of the runs."""
-    said = (whole / 'err.txt').read_text()
-    assert '4 runs to do' in said and '4 of 4, 0m 00s left' in said
-    shutil.copytree(whole, '.', dirs_exist_ok=True)
-    found = losses()
-    assert set(found) == {(name, seed) for name in ('1 head', '4 heads') for seed in (1, 2)} and len(set(found.values())) == 4
-    done = script('train.py', *TINY.split(), '--n_head=1', '--learning_rate=8e-3', '--min_lr=0', '--beta2=0.99', '--seed=2',
-                  '--gradient_accumulation_steps=1', '--device=cpu', '--out_dir=alone')
-    assert done.code == 0
-    last = (folder / 'alone/log.csv').read_text().splitlines()[-1].split(',')
-    assert found['1 head', 2] == float(last[3])
-    table = (folder / 'results/ablations/heads.md').read_text()
-    assert table == (whole / 'out.txt').read_text()
+def test_a_study_writes_a_table_and_a_picture_and_removes_its_runs(study):
+    said = Path('err.txt').read_text()
+    assert '4 runs to do' in said
+    assert '4 of 4, 0m 00s left' in said
+    found = losses_of(runs_of())
+    assert set(found) == {('1 head', 1), ('1 head', 2), ('4 heads', 1), ('4 heads', 2)}
+    assert len(set(found.values())) == 4
+    table = Path('results/ablations/heads.md').read_text()
+    assert table == Path('out.txt').read_text()
     row = next(line for line in table.splitlines() if line.startswith('| 1 head '))
-    values = [found['1 head', seed] for seed in (1, 2)]
-    assert f'{statistics.mean(values):.4f} ({statistics.stdev(values):.4f}) | 2 |' in row
-    assert (folder / 'results/ablations/heads.png').read_bytes()[:4] == b'\x89PNG'
-    assert not any(path.is_dir() for path in (folder / 'out-ablate/heads').iterdir())
+    losses = [found['1 head', 1], found['1 head', 2]]
+    mean = statistics.mean(losses)
+    deviation = statistics.stdev(losses)
+    assert f'{mean:.4f} ({deviation:.4f}) | 2 |' in row
+    assert Path('results/ablations/heads.png').read_bytes()[:4] == b'\x89PNG'
+    assert not any(path.is_dir() for path in Path('out-ablate/heads').iterdir())
 
 
 @STUDY
-def test_the_interval_is_welchs(whole, folder):
-    """The difference's interval is scipy's for samples of unequal variance."""
+def test_a_studys_loss_is_that_of_train(study, script):
+    done = script(
+        'train.py',
+        *TINY.split(),
+        *ONE_HEAD,
+        '--seed=2',
+        '--device=cpu',
+        '--out_dir=alone',
+    )
+    assert done.code == 0
+    last = Path('alone/log.csv').read_text().splitlines()[-1].split(',')
+    val_loss = float(last[3])
+    assert losses_of(runs_of())['1 head', 2] == val_loss
+
+
+@STUDY
+def test_the_interval_is_welchs(study):
+    """The interval of a difference is scipy's for samples of unequal variance."""
     from scipy import stats
-    shutil.copytree(whole / 'results', 'results')
-    found = losses()
-    one, four = ([found[name, seed] for seed in (1, 2)] for name in ('1 head', '4 heads'))
+    found = losses_of(runs_of())
+    one = [found['1 head', 1], found['1 head', 2]]
+    four = [found['4 heads', 1], found['4 heads', 2]]
     low, high = stats.ttest_ind(one, four, equal_var=False).confidence_interval()
-    shown = re.search(r'\| 1 head .*\| ([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)', open('results/ablations/heads.md').read())
-    assert [float(x) for x in shown.groups()] == pytest.approx([np.mean(one) - np.mean(four), low, high], abs=6e-5)
+    difference = np.mean(one) - np.mean(four)
+    table = Path('results/ablations/heads.md').read_text()
+    shown = re.search(r'\| 1 head .*\| ([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)', table)
+    numbers = [float(number) for number in shown.groups()]
+    assert numbers == pytest.approx([difference, low, high], abs=6e-5)
 
 
 @STUDY
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
-def test_a_study_cut_off_goes_on(whole, script, folder, number):
-    """What was done stays as it was, what was not is done, and the results are those of a study in one piece."""
+@pytest.mark.parametrize('number', [signal.SIGINT, KILL])
+def test_an_interrupted_study_continues(whole, script, folder, number):
+    """Finished runs stay, the others run, and the results are those of an uninterrupted study."""
     shutil.copytree(whole / 'data', 'data')
-    process = subprocess.Popen([PYTHON, str(ROOT / 'ablate.py'), 'heads', *HEADS], stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [PYTHON, str(ROOT / 'ablate.py'), *HEADS],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     for line in process.stderr:
         if '1 of 4' in line:
             break
-    process.send_signal(KILL if number == signal.SIGKILL else number)
-    rest, code = process.stderr.read(), process.wait(timeout=60)
-    assert code == (130 if number == signal.SIGINT else -9)
-    assert number == signal.SIGKILL or 'the same command goes on' in rest
-    before = results()['runs']
+    process.send_signal(number)
+    rest = process.stderr.read()
+    code = process.wait(timeout=60)
+    if number == KILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 128 + signal.SIGINT
+        assert 'the same command goes on' in rest
+    before = runs_of()
     assert 1 <= len(before) < 4
-    result = script('ablate.py', 'heads', *HEADS)
-    assert result.code == 0 and f'{4 - len(before)} run' in result.err, result.err
-    assert all(run in results()['runs'] for run in before)
-    assert losses() == {(run['variant'], run['seed']): run['val_loss'] for run in json.loads(
-        (whole / 'results/ablations/heads.json').read_text())['runs']}
-    assert '0 runs to do on cpu, 4 in results/ablations/heads.json' in script('ablate.py', 'heads', *HEADS).err
+
+    result = script('ablate.py', *HEADS)
+    assert result.code == 0, result.err
+    assert f'{4 - len(before)} run' in result.err
+    assert all(run in runs_of() for run in before)
+    uninterrupted = json.loads((whole / RESULTS).read_text())['runs']
+    assert losses_of(runs_of()) == losses_of(uninterrupted)
+    again = script('ablate.py', *HEADS)
+    assert f'0 runs to do on cpu, 4 in {RESULTS}' in again.err
 
 
 @STUDY
-def test_equal_runs_are_taken_from_another_study(whole, script, folder):
-    """To the second they took: they are not run again."""
-    shutil.copytree(whole, '.', dirs_exist_ok=True)
+def test_equal_runs_are_copied_from_another_study(study, script):
+    """The variant 'pre' of the study norm has the same flags as the variant '4 heads'."""
     result = script('ablate.py', 'norm', *FLAGS, '--variants=pre', '--seeds=2')
     assert result.code == 0, result.err
-    assert results('norm')['runs'] == [run | dict(variant='pre') for run in results()['runs'] if run['variant'] == '4 heads']
+    equal = [run | dict(variant='pre') for run in runs_of() if run['variant'] == '4 heads']
+    assert runs_of('norm') == equal   # the seconds of each run are equal too
 
 
 def test_counted_baselines(mini, script):
-    """The chances of each token by hand: in a dict, one token after another."""
-    result = script('ablate.py', 'baselines', *FLAGS, '--variants=uniform,counted unigram,counted bigram')
+    """Count tokens and pairs in dicts, and compare the cross-entropies."""
+    variants = '--variants=uniform,counted unigram,counted bigram'
+    result = script('ablate.py', 'baselines', *FLAGS, variants)
     assert result.code == 0, result.err
-    found = losses('baselines')
+    found = losses_of(runs_of('baselines'))
     assert set(found) == {('uniform', 1), ('counted unigram', 1), ('counted bigram', 1)}
-    train, val = (np.fromfile(f'data/mini/{part}.bin', dtype='<u2').tolist() for part in ('train', 'val'))
-    V = json.loads(open('data/mini/meta.json').read())['vocab_size']
+
+    train = np.fromfile('data/mini/train.bin', dtype='<u2').tolist()
+    val = np.fromfile('data/mini/val.bin', dtype='<u2').tolist()
+    V = json.loads(Path('data/mini/meta.json').read_text())['vocab_size']
+    once = Counter(train[1:])
+    pairs = Counter(zip(train, train[1:]))
+    firsts = Counter(train[:-1])
+    unigram = 0.0
+    bigram = 0.0
+    for a, b in zip(val, val[1:]):   # each count is raised by 1
+        unigram -= math.log((once[b] + 1) / (len(train) - 1 + V))
+        bigram -= math.log((pairs[a, b] + 1) / (firsts[a] + V))
+    targets = len(val) - 1
     assert found['uniform', 1] == pytest.approx(math.log(V))
-    once, pairs, firsts = {}, {}, {}
-    for a, b in zip(train, train[1:]):
-        once[b] = once.get(b, 0) + 1
-        pairs[a, b] = pairs.get((a, b), 0) + 1
-        firsts[a] = firsts.get(a, 0) + 1
-    alone = -sum(math.log((once.get(b, 0) + 1) / (len(train) - 1 + V)) for b in val[1:]) / (len(val) - 1)
-    bigram = -sum(math.log((pairs.get(pair, 0) + 1) / (firsts.get(pair[0], 0) + V))
-                  for pair in zip(val, val[1:])) / (len(val) - 1)
-    assert found['counted unigram', 1] == pytest.approx(alone) and found['counted bigram', 1] == pytest.approx(bigram)
-    # what is counted is no run of training, whatever its flags
+    assert found['counted unigram', 1] == pytest.approx(unigram / targets)
+    assert found['counted bigram', 1] == pytest.approx(bigram / targets)
+
+    # A counted baseline is never copied in place of a training run.
     assert script('ablate.py', 'norm', *FLAGS, '--variants=pre', '--seeds=1').code == 0
-    assert 'dtype' in results('norm')['runs'][0] and losses('norm')['pre', 1] != found['uniform', 1]
+    assert 'dtype' in runs_of('norm')[0]
+    assert losses_of(runs_of('norm'))['pre', 1] != found['uniform', 1]
 
 
-def test_a_diverged_and_a_failed_run_are_shown(mini, script, monkeypatch):
-    """Neither dropped; the diverged one with its step; the failed one is tried again, the other not."""
-    wild = ['--device=cpu', f'--flags={TINY} --learning_rate=1e18 --grad_clip=0', '--variants=4 heads', '--seeds=1']
-    result = script('ablate.py', 'heads', *wild)
-    assert result.code == 0 and re.search(r'\| 4 heads \(baseline\) \|.*\| 0; seed 1 diverged at step \d', result.out), result.err
-    assert '0 runs to do' in script('ablate.py', 'heads', *wild).err
+def test_a_diverged_run_is_shown_and_not_repeated(mini, script):
+    wild = f'--flags={TINY} --learning_rate=1e18 --grad_clip=0'
+    command = ['heads', '--device=cpu', wild, '--variants=4 heads', '--seeds=1']
+    result = script('ablate.py', *command)
+    assert result.code == 0, result.err
+    row = r'\| 4 heads \(baseline\) \|.*\| 0; seed 1 diverged at step \d'
+    assert re.search(row, result.out), result.err
+    assert '0 runs to do' in script('ablate.py', *command).err
+
+
+def test_a_failed_run_is_shown_and_tried_again(mini, script, monkeypatch):
     for path in ROOT.glob('*.py'):
         shutil.copy(path, '.')
     shutil.copytree(ROOT / 'lib', 'lib')
-    source = open('train.py').read()
-    with open('train.py', 'w') as f:
-        f.write(source.replace('    now.step += 1\n', '    now.step += 1\n    raise OSError("the roof fell in")\n'))
     monkeypatch.setattr('conftest.ROOT', mini)
+    whole = Path('train.py').read_text()
+    step = '    now.step += 1\n'
+    assert step in whole
+    broken = whole.replace(step, f'{step}    raise OSError("the roof fell in")\n')
+    Path('train.py').write_text(broken)
     result = script('ablate.py', 'norm', *FLAGS, '--variants=pre,post', '--seeds=1')
-    assert result.code == 0 and result.out.count('0; seed 1 failed: OSError: the roof fell in') == 2
-    with open('train.py', 'w') as f:
-        f.write(source)
+    assert result.code == 0, result.err
+    assert result.out.count('0; seed 1 failed: OSError: the roof fell in') == 2
+
+    Path('train.py').write_text(whole)
     result = script('ablate.py', 'norm', *FLAGS, '--variants=post', '--seeds=1')
-    assert '1 run to do' in result.err and 'seed 1 failed' in result.out and '| post |' in result.out
-    assert {run['variant']: run['status'] for run in results('norm')['runs']} == {'pre': 'failed', 'post': 'done'}
+    assert '1 run to do' in result.err
+    assert 'seed 1 failed' in result.out
+    assert '| post |' in result.out
+    status = {run['variant']: run['status'] for run in runs_of('norm')}
+    assert status == {'pre': 'failed', 'post': 'done'}
 
 
 def test_the_committed_tables_come_from_the_committed_results(script, folder):
-    """Byte for byte, from the JSON alone."""
+    """--report writes the committed tables from the JSON files alone, byte for byte."""
     shutil.copytree(ROOT / 'results/ablations', 'results/ablations')
-    found = [path.relative_to(ROOT) for path in sorted((ROOT / 'results/ablations').glob('**/*.json'))]
+    found = sorted(Path('results/ablations').glob('**/*.json'))
     assert len(found) >= 14
     for path in found:
-        os.remove(path.with_suffix('.md'))
-        result = script('ablate.py', path.stem.removesuffix('-full'), '--report', f'--results={path.parent}', *['--full'] * path.stem.endswith('-full'))
+        table = path.with_suffix('.md')
+        os.remove(table)
+        command = [path.stem.removesuffix('-full'), '--report', f'--results={path.parent}']
+        if path.stem.endswith('-full'):
+            command.append('--full')
+        result = script('ablate.py', *command)
         assert result.code == 0, result.err
-        assert path.with_suffix('.md').read_bytes() == (ROOT / path).with_suffix('.md').read_bytes()
+        assert table.read_bytes() == (ROOT / table).read_bytes()
 
 
 def test_list(script, folder):
     result = script('ablate.py', 'list')
-    assert result.code == 0 and len(result.out.splitlines()) == 12 and '4 heads (baseline)' in result.out
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 12
+    assert '4 heads (baseline)' in result.out
 
 
-@pytest.mark.parametrize('flags, words', [
-    (['headz'], ["study='headz'", 'heads', 'modern']), ([], ["study=''", 'list']), (['heads', '--variants=3 heads'], ['3 heads', '8 heads']),
-    (['heads', '--seeds=0'], ['seeds=0']), (['heads', '--data_dir=nowhere'], ['nowhere', 'prepare_shakespeare.py']),
-    (['heads', '--report'], ['heads.json', 'python ablate.py heads']), (['heads', '--flags=--seed=3'], ['seed', '--key=value']),
-    (['heads', '--flags="--n_embd=64'], ['No closing quotation', '--flags=']),
-    (['norm', '--flags=--norm=post'], ['norm varies norm', '--max_iters=500']), (['heads', '--flags=--n_layr=3'], ['n_layr', 'n_layer']), (['heads', '--flags=--n_embd=30'], ['n_embd=30', 'n_head'])])
-def test_mistakes(refused, mini, flags, words):
-    """Unknown studies and variants with the list; what train.py refuses ends the study in its words."""
-    more = [] if any('--data_dir' in flag for flag in flags) else ['--device=cpu']
-    if any('--flags' in flag for flag in flags):
-        flags = [flag.replace('--flags=', f'--flags={TINY} ') for flag in flags]
-    line = refused_line(refused, flags + more)
-    assert all(word in line for word in words), line
+# ---- what is refused ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('command, words', [
+    ([], ["study=''", 'list']),
+    (['headz'], ["study='headz'", 'heads', 'modern']),
+    (['heads', '--variants=3 heads'], ['3 heads', '8 heads']),
+    (['heads', '--seeds=0'], ['seeds=0']),
+    (['heads', '--report'], ['heads.json', 'python ablate.py heads']),
+])
+def test_mistakes(refused, mini, command, words):
+    refused('ablate.py', *command, '--device=cpu', words=words)
 
 
-def refused_line(refused, flags):
-    """The error's line; what is said before it may be progress."""
-    return refused('ablate.py', *flags)
+@pytest.mark.parametrize('study, flags, words', [
+    ('heads', '--seed=3', ['seed', '--key=value']),
+    ('heads', '"--n_embd=64', ['No closing quotation', '--flags=']),
+    ('heads', '--n_layr=3', ['n_layr', 'n_layer']),
+    ('heads', '--n_embd=30', ['n_embd=30', 'n_head']),
+    ('norm', '--norm=post', ['norm varies norm', '--max_iters=500']),
+])
+def test_flags_that_train_refuses_end_the_study(refused, mini, study, flags, words):
+    refused('ablate.py', study, f'--flags={TINY} {flags}', '--device=cpu', words=words)
 
 
-@STUDY
-def test_results_of_other_knobs_are_not_mixed(whole, refused, folder):
-    shutil.copytree(whole, '.', dirs_exist_ok=True)
-    before = open('results/ablations/heads.json').read()
-    other = ['--device=cpu', f'--flags={TINY} --max_iters=7', '--variants=4 heads', '--seeds=2']
-    refused('ablate.py', 'heads', *other, words=['max_iters=6', 'now 7', '--results'])
-    tokens = np.fromfile('data/mini/val.bin', dtype='<u2')
-    meta = json.loads(open('data/mini/meta.json').read())
-    del meta['splits']
-    json.dump(meta | dict(splits={}), open('data/mini/meta.json', 'w'))
-    tokens[::-1].tofile('data/mini/val.bin')
-    refused('ablate.py', 'heads', *FLAGS, '--variants=4 heads', '--seeds=2', words=['data=', '--results'])
-    assert open('results/ablations/heads.json').read() == before
-    with open('results/ablations/heads.json', 'w') as f:
-        f.write(before[:-30])
-    refused('ablate.py', 'heads', *FLAGS, words=['heads.json', 'JSON'])
+def test_a_missing_dataset_is_refused(refused, mini):
+    words = ['nowhere', 'prepare_shakespeare.py']
+    refused('ablate.py', 'heads', '--data_dir=nowhere', words=words)
 
 
 def test_a_stand_in_is_refused(refused, mini):
-    meta = json.loads(open('data/mini/meta.json').read())
-    json.dump(meta | dict(source=dict(stand_in=True, name='x', reason='y')), open('data/mini/meta.json', 'w'))
+    change_meta(source=dict(stand_in=True, name='x', reason='y'))
     refused('ablate.py', 'heads', *FLAGS, words=['stand-in'])
 
 
 @STUDY
-def test_a_full_disk(whole, refused, folder):
-    """Said in a line, and what was there stays."""
-    shutil.copytree(whole, '.', dirs_exist_ok=True)
-    before = open('results/ablations/heads.json').read()
-    os.makedirs('results/ablations/heads.json.part')
-    refused('ablate.py', 'heads', *FLAGS, '--variants=2 heads', '--seeds=1', words=['heads.json', 'cannot be written'])
-    assert open('results/ablations/heads.json').read() == before
+def test_results_of_other_knobs_are_not_mixed(study, refused):
+    before = RESULTS.read_bytes()
+    more_steps = f'--flags={TINY} --max_iters=7'
+    command = ['heads', '--device=cpu', more_steps, '--variants=4 heads', '--seeds=2']
+    refused('ablate.py', *command, words=['max_iters=6', 'now 7', '--results'])
+    assert RESULTS.read_bytes() == before
+
+
+@STUDY
+def test_results_of_other_data_are_not_mixed(study, refused):
+    before = RESULTS.read_bytes()
+    change_meta(splits={})   # without hashes, the dataset opens
+    tokens = np.fromfile('data/mini/val.bin', dtype='<u2')
+    tokens[::-1].tofile('data/mini/val.bin')
+    command = ['heads', *FLAGS, '--variants=4 heads', '--seeds=2']
+    refused('ablate.py', *command, words=['data=', '--results'])
+    assert RESULTS.read_bytes() == before
+
+
+@STUDY
+def test_damaged_results_are_refused(study, refused):
+    RESULTS.write_bytes(RESULTS.read_bytes()[:-30])
+    refused('ablate.py', 'heads', *FLAGS, words=['heads.json', 'JSON'])
+
+
+@STUDY
+def test_results_that_cannot_be_written_stay_as_they_are(study, refused):
+    before = RESULTS.read_bytes()
+    os.makedirs('results/ablations/heads.json.part')   # in place of the file to be written
+    command = ['heads', *FLAGS, '--variants=2 heads', '--seeds=1']
+    refused('ablate.py', *command, words=['heads.json', 'cannot be written'])
+    assert RESULTS.read_bytes() == before

@@ -12,222 +12,283 @@ from lib.console import as_typed, read_prompt
 from lib.tokenizers import CharTokenizer
 from model import GPT, GPTConfig
 
+# A locale in which Python reads the command line and standard input as ASCII.
+ASCII = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+
 
 @pytest.fixture
 def sample(script, trained, folder):
-    return lambda *flags, **options: script('sample.py', f'--out_dir={trained}', '--device=cpu', '--dtype=float32', *flags, **options)
+    """Return a function that samples from the trained model on the CPU in float32."""
+    def run(*flags, stdin=None):
+        fixed = [f'--out_dir={trained}', '--device=cpu', '--dtype=float32']
+        return script('sample.py', *fixed, *flags, stdin=stdin)
+    return run
 
 
-def test_text_goes_to_stdout_alone(sample, trained):
+def as_argument(text):
+    """Return text in UTF-8 as Python reads it from the command line in a locale of ASCII."""
+    return text.encode().decode('ascii', 'surrogateescape')
+
+
+# ---- the text ----------------------------------------------------------------------------------
+
+def test_text_goes_to_stdout_alone(sample):
     result = sample('--start=said the', '--max_new_tokens=40')
-    assert result.code == 0 and result.out.startswith('said the') and result.out.endswith('\n') and len(result.out) == 8 + 40 + 1
-    assert set(result.out) <= set(TEXT) and 'best.pt' in result.err
+    assert result.code == 0
+    assert result.out.startswith('said the')
+    assert result.out.endswith('\n')
+    assert len(result.out) == 8 + 40 + 1
+    assert set(result.out) <= set(TEXT)
+    assert 'best.pt' in result.err
 
 
 @pytest.mark.processor
 def test_greedy_text_is_the_argmax(sample, trained):
-    """Against a plain loop over the checkpoint's logits, beyond block_size, whatever the seed and the cache."""
+    """Compare with a plain loop over the model's logits, beyond block_size."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     net = checkpoint.build_model(loaded, '').eval()
     tokenizer = checkpoint.find_tokenizer(loaded, '', net, ['data'])
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
-            ids.append(net(torch.tensor([ids[-16:]]))[0][0, -1].argmax().item())
+            logits, _ = net(torch.tensor([ids[-16:]]))
+            ids.append(logits[0, -1].argmax().item())
     expected = tokenizer.decode(ids).decode() + '\n'
-    for flags in ([], ['--seed=5'], ['--kv_cache=False'], ['--top_k=1', '--temperature=1'], ['--top_p=1e-9', '--temperature=1']):
-        assert sample('--start=so 3 times', '--max_new_tokens=30', '--temperature=0', *flags).out == expected
+
+    def text(*flags):
+        return sample('--start=so 3 times', '--max_new_tokens=30', *flags).out
+
+    assert text('--temperature=0') == expected
+    assert text('--temperature=0', '--seed=5') == expected
+    assert text('--temperature=0', '--kv_cache=False') == expected
+    assert text('--temperature=1', '--top_k=1') == expected
+    assert text('--temperature=1', '--top_p=1e-9') == expected
 
 
-def test_stopped_before_the_first_evaluation(script, trained, folder):
-    """best.pt is of step 0 then: the text is by last.pt, which has learned something, unless it was found to be worse."""
-    os.mkdir('out')
-    best, last = (checkpoint.load(f'{trained}/best.pt') for _ in range(2))
-    for name, loaded, more in (('best', best, dict(iter_num=0)), ('last', last, dict(iter_num=198, val_loss=None))):
-        checkpoint.save(f'out/{name}.pt', loaded | more)
-    assert 'out/last.pt: iter 198' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
-    for more in (dict(iter_num=0), dict(iter_num=198, val_loss=3.0), None):
-        checkpoint.save('out/last.pt', last | more) if more else open('out/last.pt', 'wb').close()
-        assert 'out/best.pt: iter 0' in script('sample.py', '--device=cpu', '--max_new_tokens=2').err
+def test_the_seed_decides_the_text(sample):
+    def text(seed):
+        return sample('--start=a', '--max_new_tokens=60', f'--seed={seed}').out
 
-
-def test_what_to_type_instead(refused, trained, folder):
-    """Never what was typed; a damaged best.pt leads to the last.pt beside it."""
-    os.mkdir('o p')
-    checkpoint.save('o p/last.pt', checkpoint.load(f'{trained}/last.pt'))
-    open('o p/best.pt', 'wb').close()
-    refused('sample.py', '--out_dir=o p', words=["type --checkpoint='o p/last.pt'"])
-    for typed, instead in (('resum', 'resume'), ('scratch', 'FOLDER'), ('./nowhere', 'gpt2')):
-        refused('sample.py', f'--init_from={typed}', words=[f'type --init_from={instead}'])
-
-
-def test_seed(sample):
-    texts = [sample('--start=a', '--max_new_tokens=60', f'--seed={seed}').out for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+    first = text(1)
+    assert text(1) == first
+    assert text(2) != first
 
 
 def test_several_samples_count_up_from_the_seed(sample):
-    both = sample('--start=a', '--num_samples=2', '--seed=4', '--max_new_tokens=30').out
-    assert both == ''.join(f'{"-" * 15} sample {i + 1}\n' + sample('--start=a', f'--seed={4 + i}', '--max_new_tokens=30').out for i in (0, 1))
+    flags = ['--start=a', '--max_new_tokens=30']
+    both = sample(*flags, '--num_samples=2', '--seed=4').out
+    first = sample(*flags, '--seed=4').out
+    second = sample(*flags, '--seed=5').out
+    line = '-' * 15
+    assert both == f'{line} sample 1\n{first}{line} sample 2\n{second}'
 
 
-def test_prompt_from_file_and_stdin(sample, folder):
+def test_text_ends_before_the_stop_text(sample):
+    greedy = ['--start=1', '--temperature=0', '--max_new_tokens=60']
+    new = sample(*greedy).out[1:-1]
+    word = new[20:24]
+    before = new.partition(word)[0]
+    assert sample(*greedy, f'--stop={word}').out == f'1{before}\n'
+    assert sample(*greedy, '--stop=@@@').out == f'1{new}\n'
+
+
+def test_repetition_penalty_makes_text_more_varied(sample):
+    greedy = ['--start=1', '--temperature=0', '--max_new_tokens=20']
+    plain = sample(*greedy).out
+    varied = sample(*greedy, '--repetition_penalty=1e6').out
+    assert len(set(varied)) > len(set(plain))
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize('flag', [
+    '--temperature=1e-40',
+    '--temperature=1e300',
+    '--repetition_penalty=1e-300',
+    '--repetition_penalty=1e300',
+    '--top_p=1e-300',
+])
+def test_extreme_knobs_still_draw(sample, flag):
+    result = sample('--start=so', flag, '--max_new_tokens=20')
+    assert result.code == 0
+    assert len(result.out) == 23
+
+
+# ---- the prompt --------------------------------------------------------------------------------
+
+def test_a_prompt_comes_from_a_file_or_stdin(sample, folder):
     (folder / 'p.txt').write_text('is 12,\n')
-    typed = sample('--start=is 12,\n', '--max_new_tokens=20').out
-    assert sample('--start=FILE:p.txt', '--max_new_tokens=20').out == typed
-    assert sample('--start', '-', '--max_new_tokens=20', stdin='is 12,\n').out == typed
+    flags = ['--max_new_tokens=20']
+    typed = sample('--start=is 12,\n', *flags).out
+    assert sample('--start=FILE:p.txt', *flags).out == typed
+    assert sample('--start', '-', *flags, stdin='is 12,\n').out == typed
 
 
-@pytest.mark.parametrize('encoding, newline', [('utf-8', None), ('ascii', None), ('cp1252', '')])
-def test_line_ends_are_kept(folder, monkeypatch, encoding, newline):
-    """The same bytes are the same text, from a file and from standard input, in any locale."""
-    text = '\ufeffso\r\n3 times\rß 😀\n'.encode()
-    (folder / 'p.txt').write_bytes(text)
-    stdin = io.TextIOWrapper(io.BytesIO(text), encoding=encoding, errors='surrogateescape', newline=newline)
-    monkeypatch.setattr('sys.stdin', stdin)
-    assert read_prompt('-') == 'so\r\n3 times\rß 😀\n' == read_prompt('FILE:p.txt')
-    assert not stdin.buffer.closed
-
-
-def test_a_prompt_that_is_not_utf8(folder, monkeypatch, capsys):
-    """It is refused in one line, and so is one that is too long, wherever it comes from."""
-    for text, words in ((b'caf\xe9', 'take text in UTF-8'), ('ßa'.encode() * 3, 'more than 5 characters')):
-        (folder / 'p.txt').write_bytes(text)
-        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(text), encoding='ascii'))
-        for start in ('-', 'FILE:p.txt'):
-            with pytest.raises(SystemExit) as stop:
-                read_prompt(start, longest=5)
-            line = capsys.readouterr().err
-            assert stop.value.code == 2 and words in line and line.count('\n') == 1
-
-
-def test_what_is_typed_in_a_locale_of_ascii(folder, process, refused):
-    """A prompt is the text that was typed, and a character that the model lacks is named."""
-    tokenizer = CharTokenizer('naïve 😀')
-    V = tokenizer.vocab_size
-    model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save('c.pt', dict(format=1, model=model.state_dict(), tokenizer=tokenizer.state(),
-                                 model_args=asdict(model.config)))
-    flags = ['sample.py', '--checkpoint=c.pt', '--device=cpu', '--max_new_tokens=20']
-    ascii = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
-    done = process(*flags, '--start=naïve 😀', '--stop=😀', env=ascii, text=False)
-    text = done.stdout.decode()
-    assert done.returncode == 0 and text.startswith('naïve 😀'), done.stderr
-    assert '😀' not in text.removeprefix('naïve 😀') and len(text) < 28   # 20 tokens without `stop`
-    typed = '🎉'.encode().decode('ascii', 'surrogateescape')
-    refused(*flags, f'--start={typed}', words=["'🎉'", 'vocabulary'])
-
-
-def test_text_as_typed():
-    assert as_typed('😀'.encode().decode('ascii', 'surrogateescape')) == '😀' == as_typed('😀')
-    for text in ('\udcff', '\ud83d', 'a\udcc3b'):   # what was no text stays what it was
-        assert as_typed(text) == text
-
-
-def test_a_prompt_from_the_home_folder(sample, folder, monkeypatch):
+def test_a_prompt_comes_from_the_home_folder(sample, folder, monkeypatch):
     monkeypatch.setenv('HOME', str(folder))
     monkeypatch.setenv('USERPROFILE', str(folder))
     (folder / 'p.txt').write_text('so 3')
     assert sample('--start=FILE:~/p.txt', '--max_new_tokens=0').out == 'so 3\n'
 
 
-def test_stop(sample):
-    whole = sample('--start=1', '--temperature=0', '--max_new_tokens=60').out[1:-1]
-    word = whole[20:24]
-    assert sample('--start=1', '--temperature=0', '--max_new_tokens=60', f'--stop={word}').out == '1' + whole.partition(word)[0] + '\n'
-    assert sample('--start=1', '--temperature=0', '--max_new_tokens=60', '--stop=@@@').out == '1' + whole + '\n'
-
-
 def test_prompts_that_are_empty_or_long(sample):
-    assert len(sample('--max_new_tokens=9').out) == len(sample('--start=', '--max_new_tokens=9').out) == 10
+    flags = ['--max_new_tokens=9']
+    assert len(sample(*flags).out) == 10
+    assert len(sample('--start=', *flags).out) == 10
     long = TEXT[:100]
-    result = sample(f'--start={long}', '--max_new_tokens=9')
-    assert result.out.startswith(long) and len(result.out) == 110 and 'the model sees the last 16' in result.err
+    result = sample(f'--start={long}', *flags)
+    assert result.out.startswith(long)
+    assert len(result.out) == 110
+    assert 'the model sees the last 16' in result.err
     assert sample('--start=said', '--max_new_tokens=0').out == 'said\n'
 
 
-def test_repetition_penalty(sample):
-    assert len(set(sample('--start=1', '--temperature=0', '--repetition_penalty=1e6', '--max_new_tokens=20').out)) > \
-        len(set(sample('--start=1', '--temperature=0', '--max_new_tokens=20').out))
+@pytest.mark.parametrize('encoding, newline', [
+    ('utf-8', None),
+    ('ascii', None),
+    ('cp1252', ''),
+])
+def test_line_ends_are_kept(folder, monkeypatch, encoding, newline):
+    """Equal bytes are equal text, from a file and from standard input, in any locale."""
+    text = '\ufeffso\r\n3 times\rß 😀\n'.encode()
+    (folder / 'p.txt').write_bytes(text)
+    stdin = io.TextIOWrapper(
+        io.BytesIO(text),
+        encoding=encoding,
+        errors='surrogateescape',
+        newline=newline,
+    )
+    monkeypatch.setattr('sys.stdin', stdin)
+    assert read_prompt('-') == 'so\r\n3 times\rß 😀\n'
+    assert read_prompt('FILE:p.txt') == 'so\r\n3 times\rß 😀\n'
+    assert not stdin.buffer.closed
 
 
-@pytest.mark.parametrize('flags, words', [
-    (['--start=日本'], ["'日'", "'本'", 'vocabulary']), (['--temperature=-1'], ['temperature=-1', '0 or more']),
-    (['--top_k=0'], ['top_k=0']), (['--top_k=1.5'], ['top_k=1.5']), (['--top_p=0'], ['top_p=0']), (['--top_p=2'], ['top_p=2']),
-    (['--repetition_penalty=0'], ['repetition_penalty=0']), (['--max_new_tokens=-1'], ['max_new_tokens=-1']),
-    (['--num_samples=0'], ['num_samples=0']), (['--num_samples=9223372036854775807'], ['num_samples=', 'tokens']),
-    (['--max_new_tokens=1000000000000'], ['max_new_tokens=', 'tokens']), (['--quantize=int4'], ['int4', 'int8']), (['--seed=-1'], ['seed=-1']), (['--start=FILE:nope.txt'], ['nope.txt']),
-    (['--checkpoint=nope.pt'], ['nope.pt', '--checkpoint']), (['--temprature=1'], ['--temperature']), (['--dtype=float16'], ['float16'])])
-def test_mistakes(refused, trained, folder, flags, words):
-    refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
+@pytest.mark.parametrize('text, words', [
+    (b'caf\xe9', 'take text in UTF-8'),
+    ('ßaßaßa'.encode(), 'more than 5 characters'),
+])
+@pytest.mark.parametrize('start', ['-', 'FILE:p.txt'])
+def test_a_prompt_that_cannot_be_read_is_refused(folder, monkeypatch, capsys, text, words, start):
+    (folder / 'p.txt').write_bytes(text)
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(text), encoding='ascii'))
+    with pytest.raises(SystemExit) as stop:
+        read_prompt(start, longest=5)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in error
+    assert error.count('\n') == 1
 
 
-@pytest.mark.processor
-@pytest.mark.parametrize('flag', ['--temperature=1e-40', '--repetition_penalty=1e-300', '--repetition_penalty=1e300', '--top_p=1e-300',
-                                  '--temperature=1e300'])
-def test_extreme_knobs_still_draw(sample, flag):
-    result = sample('--start=so', flag, '--max_new_tokens=20')
-    assert result.code == 0 and len(result.out) == 23
+def test_a_prompt_typed_in_a_locale_of_ascii(folder, process, refused):
+    """A prompt is the text that was typed, and a character that the model lacks is named."""
+    tokenizer = CharTokenizer('naïve 😀')
+    config = GPTConfig(
+        block_size=32,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+    )
+    checkpoint.save('c.pt', dict(
+        format=1,
+        model=GPT(config).state_dict(),
+        tokenizer=tokenizer.state(),
+        model_args=asdict(config),
+    ))
+    flags = ['sample.py', '--checkpoint=c.pt', '--device=cpu', '--max_new_tokens=20']
+    done = process(*flags, '--start=naïve 😀', '--stop=😀', env=ASCII, text=False)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode()
+    assert text.startswith('naïve 😀')
+    assert '😀' not in text.removeprefix('naïve 😀')
+    assert len(text) < 28   # without --stop, the text has 28 characters
+    refused(*flags, f'--start={as_argument("🎉")}', words=["'🎉'", 'vocabulary'])
 
 
-def test_int8_beside_another_dataset_of_that_name(sample, folder):
-    """Its loss is not measured on tokens that mean something else."""
-    from lib.prepare import write_dataset
-    from lib.tokenizers import ByteTokenizer
-    tokenizer = ByteTokenizer()
-    write_dataset('data/mini', {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}, tokenizer,
-                  dict(name='mini', url=None, sha256='', stand_in=False))
-    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
-    assert result.code == 0 and 'data/mini has another tokenizer' in result.err
+def test_text_as_typed():
+    assert as_typed(as_argument('😀')) == '😀'
+    assert as_typed('😀') == '😀'
+    for text in ('\udcff', '\ud83d', 'a\udcc3b'):   # these surrogates do not encode UTF-8
+        assert as_typed(text) == text
 
 
-def test_int8_is_measured_where_the_run_knows_its_data(sample, trained, folder):
-    """The run lies elsewhere, and its data beside it."""
-    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4')
-    folder = trained.parent / 'data/mini'
-    assert result.code == 0 and f'validation split of {folder}' in result.err, result.err
-    result = sample('--start=so', '--quantize=int8', '--max_new_tokens=4', '--data_dir=nowhere')
-    assert result.code == 0 and 'no val.bin of mini in nowhere/mini' in result.err, result.err
+# ---- the checkpoint ----------------------------------------------------------------------------
+
+def test_a_checkpoint_stands_alone(sample, folder):
+    """Sampling needs no data folder."""
+    assert not (folder / 'data').exists()
+    assert sample('--start=so', '--max_new_tokens=5').code == 0
 
 
-def test_stdout_that_cannot_be_written(process, trained, folder):
-    with open('/dev/full', 'w') as full:
-        done = process('sample.py', f'--out_dir={trained}', '--device=cpu', '--max_new_tokens=9', capture_output=False, stdout=full, stderr=-1)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('error: stdout cannot be written'), done.stderr
+def test_a_run_stopped_before_its_first_evaluation_samples_from_last_pt(script, trained, folder):
+    """In such a run, best.pt holds step 0.
+
+    best.pt is used if last.pt holds step 0 too, has a larger loss, or is empty.
+    """
+    os.mkdir('out')
+    best = checkpoint.load(f'{trained}/best.pt')
+    last = checkpoint.load(f'{trained}/last.pt')
+    checkpoint.save('out/best.pt', best | dict(iter_num=0))
+
+    def loaded_from():
+        return script('sample.py', '--device=cpu', '--max_new_tokens=2').err
+
+    checkpoint.save('out/last.pt', last | dict(iter_num=198, val_loss=None))
+    assert 'out/last.pt: iter 198' in loaded_from()
+    checkpoint.save('out/last.pt', last | dict(iter_num=0))
+    assert 'out/best.pt: iter 0' in loaded_from()
+    checkpoint.save('out/last.pt', last | dict(iter_num=198, val_loss=3.0))
+    assert 'out/best.pt: iter 0' in loaded_from()
+    (folder / 'out/last.pt').write_bytes(b'')
+    assert 'out/best.pt: iter 0' in loaded_from()
 
 
-def test_no_checkpoint(refused, folder):
+def test_a_damaged_best_pt_leads_to_last_pt(refused, trained, folder):
+    os.mkdir('o p')
+    checkpoint.save('o p/last.pt', checkpoint.load(f'{trained}/last.pt'))
+    (folder / 'o p/best.pt').write_bytes(b'')
+    refused('sample.py', '--out_dir=o p', words=["type --checkpoint='o p/last.pt'"])
+
+
+@pytest.mark.parametrize('typed, advised', [
+    ('resum', 'resume'),
+    ('scratch', 'FOLDER'),
+    ('./nowhere', 'gpt2'),
+])
+def test_the_advice_differs_from_what_was_typed(refused, folder, typed, advised):
+    refused('sample.py', f'--init_from={typed}', words=[f'type --init_from={advised}'])
+
+
+def test_without_a_checkpoint_the_error_names_train(refused, folder):
     refused('sample.py', words=['out/best.pt', 'python train.py'])
 
 
-def test_checkpoint_stands_alone(sample, folder):
-    """Sampling needs no data folder: there is none here."""
-    assert not (folder / 'data').exists() and sample('--start=so', '--max_new_tokens=5').code == 0
-
-
-def test_wrapped_names_load(folder, trained, script):
-    """Weights saved from a compiled or distributed wrapper (nanoGPT #19)."""
+def test_weights_of_a_wrapped_model_load(folder, trained, script):
+    """torch.compile puts a prefix before the names of weights (nanoGPT's issue 19)."""
     loaded = checkpoint.load(f'{trained}/best.pt')
-    loaded['model'] = {'_orig_mod.' + name: p for name, p in loaded['model'].items()}
+    loaded['model'] = {f'_orig_mod.{name}': p for name, p in loaded['model'].items()}
     checkpoint.save('wrapped.pt', loaded)
     flags = ['--start=so', '--max_new_tokens=20', '--device=cpu']
-    assert script('sample.py', '--checkpoint=wrapped.pt', *flags).out == script('sample.py', f'--out_dir={trained}', *flags).out
+    wrapped = script('sample.py', '--checkpoint=wrapped.pt', *flags)
+    assert wrapped.out == script('sample.py', f'--out_dir={trained}', *flags).out
 
 
 def test_padding_is_never_drawn(folder, trained, script):
-    """Rows of the vocabulary above the tokenizer's, as in a nanoGPT checkpoint padded to 50304."""
+    """nanoGPT pads its vocabulary to 50304. Here, padding has the largest logits."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     wte = loaded['model']['transformer.wte.weight']
     loaded['model_args']['vocab_size'] = len(wte) + 7
-    for name in ('transformer.wte.weight', 'lm_head.weight'):   # the padding is made the likeliest of all
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
         loaded['model'][name] = torch.cat((wte, 50 * wte[:7]))
     checkpoint.save('padded.pt', loaded)
+    flags = ['--checkpoint=padded.pt', '--device=cpu', '--max_new_tokens=50']
     for temperature in (0, 5):
-        result = script('sample.py', '--checkpoint=padded.pt', '--device=cpu', f'--temperature={temperature}', '--max_new_tokens=50')
-        assert result.code == 0 and len(result.out) == 51
+        result = script('sample.py', *flags, f'--temperature={temperature}')
+        assert result.code == 0
+        assert len(result.out) == 51
 
 
-def test_pickle_bomb_is_refused(folder, refused):
+def test_a_pickle_that_runs_code_is_refused(folder, refused):
     class Bomb:
         def __reduce__(self):
             return (open, ('exploded', 'w'))
@@ -237,9 +298,68 @@ def test_pickle_bomb_is_refused(folder, refused):
 
 
 def test_save_is_whole_or_not_at_all(folder, monkeypatch):
+    def fail(*args):
+        raise OSError(28, 'No space left on device')
+
     checkpoint.save('a.pt', dict(step=1))
-    monkeypatch.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    monkeypatch.setattr(torch, 'save', fail)
     with pytest.raises(OSError):
         checkpoint.save('a.pt', dict(step=2))
     assert torch.load('a.pt') == dict(step=1)
-    assert [p.name for p in folder.iterdir()] == ['a.pt']
+    assert os.listdir() == ['a.pt']
+
+
+# ---- int8 --------------------------------------------------------------------------------------
+
+INT8 = ['--start=so', '--quantize=int8', '--max_new_tokens=4']
+
+
+def test_int8_is_not_measured_on_a_dataset_of_another_tokenizer(sample, folder):
+    from lib.prepare import write_dataset
+    from lib.tokenizers import ByteTokenizer
+    tokenizer = ByteTokenizer()
+    splits = {split: [(tokenizer.encode(TEXT), len(TEXT))] for split in ('train', 'val')}
+    source = dict(name='mini', url=None, sha256='', stand_in=False)
+    write_dataset('data/mini', splits, tokenizer, source)
+    result = sample(*INT8)
+    assert result.code == 0
+    assert 'data/mini has another tokenizer' in result.err
+
+
+def test_int8_is_measured_on_the_runs_own_data(sample, trained):
+    """The data lie beside the run, in another folder than this one."""
+    result = sample(*INT8)
+    assert result.code == 0, result.err
+    data = trained.parent / 'data/mini'
+    assert f'validation split of {data}' in result.err
+
+
+def test_int8_is_not_measured_without_data(sample):
+    result = sample(*INT8, '--data_dir=nowhere')
+    assert result.code == 0, result.err
+    assert 'no val.bin of mini in nowhere/mini' in result.err
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('flags, words', [
+    (['--start=日本'], ["'日'", "'本'", 'vocabulary']),
+    (['--start=FILE:nope.txt'], ['nope.txt']),
+    (['--temperature=-1'], ['temperature=-1', '0 or more']),
+    (['--top_k=0'], ['top_k=0']),
+    (['--top_k=1.5'], ['top_k=1.5']),
+    (['--top_p=0'], ['top_p=0']),
+    (['--top_p=2'], ['top_p=2']),
+    (['--repetition_penalty=0'], ['repetition_penalty=0']),
+    (['--max_new_tokens=-1'], ['max_new_tokens=-1']),
+    (['--max_new_tokens=1000000000000'], ['max_new_tokens=', 'tokens']),
+    (['--num_samples=0'], ['num_samples=0']),
+    (['--num_samples=9223372036854775807'], ['num_samples=', 'tokens']),
+    (['--seed=-1'], ['seed=-1']),
+    (['--quantize=int4'], ['int4', 'int8']),
+    (['--dtype=float16'], ['float16']),
+    (['--checkpoint=nope.pt'], ['nope.pt', '--checkpoint']),
+    (['--temprature=1'], ['--temperature']),
+])
+def test_mistakes(refused, trained, folder, flags, words):
+    refused('sample.py', f'--out_dir={trained}', '--device=cpu', *flags, words=words)
