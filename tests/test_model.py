@@ -102,21 +102,25 @@ def test_future_never_leaks(changes, flash):
         assert not torch.allclose(after[:, t], before[:, t])
 
 
-@pytest.mark.parametrize('T, S', [(1, 1), (9, 9), (1, 9), (4, 9)])
-def test_explicit_and_fused_attention_compute_the_formula(T, S):
-    """The T queries are the last of S positions, as with a cache."""
+@pytest.mark.parametrize('T, past, room', [(1, 0, 0), (9, 0, 0), (1, 8, 0), (4, 5, 0), (4, 5, 7)])
+def test_explicit_and_fused_attention_compute_the_formula(T, past, room):
+    """The T queries stand behind `past` keys, and `room` keys that none of them sees follow."""
+    S = past + T + room
     q = torch.randn(2, 3, T, 16)
     k = torch.randn(2, 3, S, 16)
     v = torch.randn(2, 3, S, 16)
-    explicit = gpt.explicit_attention(q, k, v)
-    assert torch.allclose(explicit, gpt.fused_attention(q, k, v), atol=1e-5)
+    visible = None
+    if S > T:
+        visible = torch.ones(T, S, dtype=torch.bool).tril(past)
+    explicit = gpt.explicit_attention(q, k, v, visible=visible)
+    assert torch.allclose(explicit, gpt.fused_attention(q, k, v, visible=visible), atol=1e-5)
 
-    weights = gpt.attention_weights(q, k)
+    weights = gpt.attention_weights(q, k, visible)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, T))
-    assert weights.triu(S - T + 1).abs().max() == 0
+    assert weights.triu(past + 1).abs().max() == 0
 
     for t in range(T):   # one query at a time
-        seen = S - T + t + 1
+        seen = past + t + 1
         scores = torch.einsum('bhd,bhsd->bhs', q[:, :, t], k[:, :, :seen]) / math.sqrt(16)
         y = torch.einsum('bhs,bhsd->bhd', scores.softmax(-1), v[:, :, :seen])
         assert torch.allclose(y, explicit[:, :, t], atol=1e-5)
@@ -468,8 +472,13 @@ def test_cache_changes_no_token(changes, length):
 def test_cached_logits_equal_full_ones():
     net = rough(small()).eval()
     idx = tokens(2, 20)
-    cache = [gpt.LayerCache(32) for _ in range(2)]
-    pieces = [net.hidden(part, cache) for part in idx.split([7, 1, 1, 8, 3], dim=1)]
+    cache = gpt.Cache(net.config, 'cpu')
+    pieces = []
+    for part in idx.split([7, 1, 1, 8, 3], dim=1):
+        T = part.size(1)
+        cache.make_room(T)
+        pieces.append(net.hidden(part, cache))
+        cache.advance(T)
     cached = net.lm_head(torch.cat(pieces, 1))
     assert torch.allclose(cached, logits_of(net, idx), atol=1e-5)
 
@@ -522,9 +531,9 @@ def test_draws_follow_the_distribution(knobs):
 
     At another seed, one test in 1,000 would fail by chance.
     """
-    idx = torch.tensor([[0, 3]])
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
-    probs = gpt.probabilities(logits, idx, **knobs)
+    seen = torch.tensor([[True, False, False, True, False, False]])
+    probs = gpt.probabilities(logits, seen, gpt.Sampling(**knobs))
     drawn = gpt.draw(probs.expand(20000, 6), gpt.chances([1], 20000).T)
     counts = torch.bincount(drawn.flatten(), minlength=6)
     possible = probs[0] > 0
@@ -569,13 +578,14 @@ def test_probabilities_are_transformers(knobs):
         logits = scale * torch.randn(16, 120)
         idx = torch.randint(120, (16, 9))
         theirs = processors(idx, logits.clone()).softmax(1)
-        ours = gpt.probabilities(logits, idx, **knobs)
+        seen = torch.zeros(16, 120, dtype=torch.bool).scatter(1, idx, True)
+        ours = gpt.probabilities(logits, seen, gpt.Sampling(**knobs))
         assert (ours - theirs).abs().max() < 1e-6
 
 
 def test_top_k_keeps_exactly_k_on_ties():
-    idx = torch.zeros(5, 1, dtype=torch.long)
-    probs = gpt.probabilities(torch.zeros(5, 10), idx, top_k=3)
+    seen = torch.zeros(5, 10, dtype=torch.bool)
+    probs = gpt.probabilities(torch.zeros(5, 10), seen, gpt.Sampling(top_k=3))
     assert (probs > 0).sum(1).tolist() == [3, 3, 3, 3, 3]
 
 
@@ -599,9 +609,9 @@ def test_several_texts_of_one_prompt_are_those_drawn_alone():
     net = rough(small()).eval()
     idx = tokens(5, 4)[:1]
     chance = gpt.chances([5, 6, 7], 12)
-    together = torch.cat(list(net.stream(idx, 12, chance=chance)), 1)
+    together = torch.cat(list(net.stream(idx, 12, gpt.Sampling(), chance)), 1)
     for row in range(3):
-        alone = torch.cat(list(net.stream(idx, 12, chance=chance[row:row + 1])), 1)
+        alone = torch.cat(list(net.stream(idx, 12, gpt.Sampling(), chance[row:row + 1])), 1)
         assert torch.equal(alone[0], together[row])
 
 
