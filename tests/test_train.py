@@ -1,4 +1,4 @@
-"""train.py end to end on a small text: what it writes, exactness, bad input. pytest tests/test_train.py"""
+"""train.py end to end on a small text: results, exactness, mistakes. pytest tests/test_train.py"""
 import json
 import math
 import os
@@ -10,63 +10,154 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PYTHON, ROOT, TEXT, TINY, read_log, same_weights, weights, without_times
 
 from lib import checkpoint, optimizers, runtime
+from lib.configurator import configure
+from lib.data import Dataset, TrainingWindows
+from lib.prepare import write_dataset
+from lib.tokenizers import CharTokenizer
 
 
 def flags(**knobs):
+    """Return the command-line flags that set knobs."""
     return [f'--{key}={value}' for key, value in knobs.items()]
 
 
-# ---- what a run leaves and says ------------------------------------------------------------------------------------
+def torchrun(ranks):
+    """Return the launcher that starts a script as some ranks on this machine."""
+    return ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+
+
+def start_training(*argv, **variables):
+    """Start train.py in a process of its own; its stderr can be read line by line."""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', **variables}
+    command = [PYTHON, str(ROOT / 'train.py'), *argv]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def write_text(name, text, tokenizer=None):
+    """Write data/<name>, with the same text in both splits."""
+    tokenizer = tokenizer or CharTokenizer(text)
+    splits = {split: [(tokenizer.encode(text), len(text))] for split in ('train', 'val')}
+    source = dict(name=name, url=None, sha256='', stand_in=False)
+    write_dataset(f'data/{name}', splits, tokenizer, source)
+
+
+def column(path, name):
+    """Return the numbers in a column of a log, without its empty cells."""
+    return [float(row[name]) for row in read_log(path) if row[name]]
+
+
+def val_losses(path):
+    """Return {step: validation loss} for the evaluations in a log."""
+    return {int(row['iter']): float(row['val_loss']) for row in read_log(path) if row['val_loss']}
+
+
+def assert_logs_agree(path, other, *columns):
+    """Check that the columns of two logs are equal but for rounding."""
+    for a, b in zip(read_log(path), read_log(other), strict=True):
+        for name in columns:
+            both_empty = a[name] == b[name] == ''
+            assert both_empty or float(a[name]) == pytest.approx(float(b[name]), abs=1e-5)
+
+
+def knobs_on_a_gpu(config):
+    """Return train.py's knobs after a config file that sees a GPU."""
+    source = (ROOT / 'train.py').read_text()
+    defaults = source.partition('# ---- knobs')[2].partition('knobs, given')[0]
+    knobs = {}
+    exec('#' + defaults, knobs)
+    configure(knobs, lambda name: 'cuda', [str(ROOT / config)])
+    return knobs
+
+
+# ---- files and messages of a run -----------------------------------------------------------------
 
 @pytest.mark.processor
 @pytest.mark.pictures
-def test_a_run(mini, script):
+def test_a_run_leaves_its_files_and_reports_itself(mini, script):
     result = script('train.py', *TINY, '--sample_interval=5')
-    assert result.code == 0 and result.out == '' and 'Warning' not in result.err
-    assert sorted(os.listdir('out')) == ['best.pt', 'config.json', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png']
-
-    rows = read_log('out/log.csv')
-    assert list(rows[0]) == ['iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tok_per_s', 'seconds']
-    assert [int(row['iter']) for row in rows] == list(range(11)) and [int(row['tokens']) for row in rows] == list(range(0, 704, 64))
-    assert [row['iter'] for row in rows if row['val_loss']] == ['0', '5', '10']
-    assert abs(float(rows[0]['train_loss']) - math.log(len(set(TEXT)))) < 0.1 and float(rows[9]['train_loss']) < float(rows[0]['train_loss'])
-    assert [float(row['lr']) for row in rows[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2], rel=1e-4)   # warm-up, then cosine
-    floor = 6e-5
-    assert float(rows[6]['lr']) == pytest.approx(floor + (1e-2 - floor) * 0.5 * (1 + math.cos(math.pi / 2)), rel=1e-4)
-
+    assert result.code == 0
+    assert result.out == ''
+    assert 'Warning' not in result.err
+    files = ['best.pt', 'config.json', 'last.previous.pt', 'last.pt', 'log.csv', 'loss.png']
+    assert sorted(os.listdir('out')) == files
+    assert Path('out/loss.png').read_bytes().startswith(b'\x89PNG')
     last = torch.load('out/last.pt', weights_only=True)   # tensors and plain types only
-    assert last['iter_num'] == 10 and last['model_args']['n_embd'] == 16 and last['tokenizer']['kind'] == 'char'
-    assert last['config']['max_iters'] == 10 and last['best_val_loss'] > 0
-    assert not any(name.startswith(('_orig_mod', 'module')) for name in last['model'])
-    assert 'transformer.h.1.attn.c_attn.weight' in last['model']
-    config = json.load(open('out/config.json'))
-    assert config['device'] == 'cpu' and config['dtype'] == 'float32' and config['compile'] is False
-    assert config['versions']['torch'] == torch.__version__ and config['learning_rate'] == 1e-2
-    assert open('out/loss.png', 'rb').read(4) == b'\x89PNG'
+    check_log(read_log('out/log.csv'))
+    check_checkpoint(last)
+    check_config(json.loads(Path('out/config.json').read_text()))
+    last['model'].pop('lm_head.weight')   # the same tensor as the embedding
+    check_report(result.err, parameters=sum(p.numel() for p in last['model'].values()))
 
-    parameters = sum(p.numel() for name, p in last['model'].items() if name != 'lm_head.weight')
-    for words in ('device cpu', f'{parameters:,} parameters', '4 batch x 16 block x 1 accumulation', '= 64', f'ln({len(set(TEXT))}) = {math.log(len(set(TEXT))):.4f}',
+
+def check_log(rows):
+    """Check the log of a run of 10 steps, 64 tokens each, evaluated at every fifth."""
+    assert list(rows[0]) == ['iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'grad_norm',
+                             'tok_per_s', 'seconds']
+    assert [int(row['iter']) for row in rows] == list(range(11))
+    assert [int(row['tokens']) for row in rows] == list(range(0, 704, 64))
+    assert [row['iter'] for row in rows if row['val_loss']] == ['0', '5', '10']
+    first = float(rows[0]['train_loss'])
+    assert abs(first - math.log(len(set(TEXT)))) < 0.1
+    assert float(rows[9]['train_loss']) < first
+    warm_up = [1e-2 / 3, 2e-2 / 3, 1e-2]
+    assert [float(row['lr']) for row in rows[:3]] == pytest.approx(warm_up, rel=1e-4)
+    floor = 6e-5
+    halfway = floor + (1e-2 - floor) * 0.5 * (1 + math.cos(math.pi / 2))
+    assert float(rows[6]['lr']) == pytest.approx(halfway, rel=1e-4)
+
+
+def check_checkpoint(last):
+    assert last['iter_num'] == 10
+    assert last['model_args']['n_embd'] == 16
+    assert last['tokenizer']['kind'] == 'char'
+    assert last['config']['max_iters'] == 10
+    assert last['best_val_loss'] > 0
+    assert 'transformer.h.1.attn.c_attn.weight' in last['model']
+    assert not any(name.startswith(('_orig_mod', 'module')) for name in last['model'])
+
+
+def check_config(config):
+    assert config['device'] == 'cpu'
+    assert config['dtype'] == 'float32'
+    assert config['compile'] is False
+    assert config['learning_rate'] == 1e-2
+    assert config['versions']['torch'] == torch.__version__
+
+
+def check_report(report, parameters):
+    """Check the lines on stderr: the run's sizes, its steps, its peak memory."""
+    symbols = len(set(TEXT))
+    for words in ('device cpu',
+                  f'{parameters:,} parameters',
+                  '4 batch x 16 block x 1 accumulation',
+                  '= 64',
+                  f'ln({symbols}) = {math.log(symbols):.4f}',
                   '-' * 40):
-        assert words in result.err, words
-    memory = int(re.search(r'done: 10 steps in 0m \d\ds and ([\d,]+) MB; val loss', result.err)[1].replace(',', ''))
-    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))   # kB, of this process
-    assert memory == pytest.approx(peak * 1024 / 1e6, abs=2)
-    line = next(line for line in result.err.splitlines() if line.startswith('iter 3: loss'))
-    assert re.fullmatch(r'iter 3: loss [\d.]+, perplexity [\d.]+ \| lr [\de.-]+ \| grad norm [\d.]+ \| [\d,]+ tok/s \| \S+ \S+ left', line)
+        assert words in report, words
+    step = next(line for line in report.splitlines() if line.startswith('iter 3: loss'))
+    parts = [r'iter 3: loss [\d.]+, perplexity [\d.]+',
+             r'lr [\de.-]+',
+             r'grad norm [\d.]+',
+             r'[\d,]+ tok/s',
+             r'\S+ \S+ left']
+    assert re.fullmatch(r' \| '.join(parts), step)
+    end = re.search(r'done: 10 steps in 0m \d\ds and ([\d,]+) MB; val loss', report)
+    peak = re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())
+    assert int(end[1].replace(',', '')) == pytest.approx(int(peak[1]) * 1024 / 1e6, abs=2)
 
 
 @pytest.mark.processor
-def test_final_loss_is_the_whole_split(mini, script):
-    """The last val_loss, computed once more from the checkpoint, window by window."""
+def test_the_final_loss_is_the_mean_over_the_whole_split(mini, script):
+    """The last val_loss equals one computed from the checkpoint, window by window."""
     script('train.py', *TINY)
     net = checkpoint.build_model(checkpoint.load('out/last.pt'), 'out/last.pt').eval()
-    from lib.data import Dataset
     tokens = torch.from_numpy(Dataset('mini').split('val')[0].astype('int64'))
     nats = 0.0
     with torch.no_grad():
@@ -74,240 +165,364 @@ def test_final_loss_is_the_whole_split(mini, script):
             piece = tokens[start:start + 17]
             logp = net(piece[None, :-1])[0].log_softmax(-1)
             nats -= logp[0].gather(1, piece[1:, None]).sum().item()
-    assert float(read_log('out/log.csv')[-1]['val_loss']) == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)
+    mean = nats / (len(tokens) - 1)
+    assert column('out/log.csv', 'val_loss')[-1] == pytest.approx(mean, abs=1e-5)
 
 
-def test_best_is_the_lowest(mini, script):
-    """A run made to get worse keeps the best it had; last.pt goes on."""
-    script('train.py', *TINY, '--max_iters=40', '--decay_lr=False', '--learning_rate=3', '--weight_decay=0')
-    losses = {int(row['iter']): float(row['val_loss']) for row in read_log('out/log.csv') if row['val_loss']}
-    best, last = checkpoint.load('out/best.pt'), checkpoint.load('out/last.pt')
+def test_best_holds_the_lowest_loss_and_last_the_last_step(mini, script):
+    """A learning rate of 3 makes the loss rise after its lowest value."""
+    rising = flags(max_iters=40, decay_lr=False, learning_rate=3, weight_decay=0)
+    script('train.py', *TINY, *rising)
+    losses = val_losses('out/log.csv')
+    best = checkpoint.load('out/best.pt')
+    last = checkpoint.load('out/last.pt')
     assert best['iter_num'] < last['iter_num'] == 40
-    assert losses[best['iter_num']] == pytest.approx(min(v for k, v in losses.items() if k < 40), abs=1e-6)
+    lowest = min(loss for step, loss in losses.items() if step < 40)
+    assert losses[best['iter_num']] == pytest.approx(lowest, abs=1e-6)
 
 
-def test_max_iters_zero_and_eval_only(mini, script):
+def test_eval_only_leaves_a_run_without_steps_as_it_was(mini, script):
     assert script('train.py', *TINY, '--max_iters=0').code == 0
     assert checkpoint.load('out/last.pt')['iter_num'] == 0
-    before = open('out/last.pt', 'rb').read(), open('out/log.csv').read()
+    saved = Path('out/last.pt').read_bytes()
+    log = Path('out/log.csv').read_text()
     result = script('train.py', *TINY, '--init_from=resume', '--eval_only')
-    assert result.code == 0 and 'on the whole split' in result.err
-    assert before == (open('out/last.pt', 'rb').read(), open('out/log.csv').read())
+    assert result.code == 0
+    assert 'on the whole split' in result.err
+    assert Path('out/last.pt').read_bytes() == saved
+    assert Path('out/log.csv').read_text() == log
 
 
 def test_eval_only_makes_no_folder(mini, script, trained):
-    result = script('export_hf.py', f'--out_dir={trained}', '--to=hf')
+    script('export_hf.py', f'--out_dir={trained}', '--to=hf')
     before = sorted(os.listdir())
     result = script('train.py', *TINY, '--init_from=hf', '--eval_only')
-    assert result.code == 0 and 'on the whole split' in result.err, result.err
+    assert result.code == 0, result.err
+    assert 'on the whole split' in result.err
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.processor
-@pytest.mark.parametrize('knobs', [dict(optimizer='muon'), dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
-                                   dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False, tie_weights=False),
-                                   dict(dtype='bfloat16', flash=False), dict(grad_clip=0, decay_lr=False, weight_decay=0)])
-def test_every_knob_trains(mini, script, knobs):
-    assert script('train.py', *TINY, *flags(**knobs), '--max_iters=30', '--lr_decay_iters=30').code == 0
-    rows = read_log('out/log.csv')
-    assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.3
-
-
-@pytest.mark.processor
-def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatch):
-    """One step from the same weights with q, k and v as three parameters of torch's own Muon.
-
-    torch's multiplies in bf16 on every processor, so ours is made to do the same."""
-    from lib.data import Dataset, TrainingWindows
-    monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda: True)
-    monkeypatch.setattr(optimizers, 'POLAR', ((3.4445, -4.775, 2.0315),) * 5)   # torch's polynomial
-    script('train.py', *TINY, '--optimizer=muon', '--max_iters=0', '--warmup_iters=0', '--grad_clip=0')
-    os.rename('out', 'start')
-    script('train.py', *TINY, '--optimizer=muon', '--max_iters=1', '--warmup_iters=0', '--grad_clip=0')
-    net = checkpoint.build_model(checkpoint.load('start/last.pt'), '')
-    net(*TrainingWindows(Dataset('mini'), 'train', 16, 1337).batch(0, 4))[1].backward()
-    after = weights('out/last.pt')
-    for name, p in net.transformer.h.named_parameters():
-        if p.dim() == 2:
-            parts, grads = (t.detach().chunk(3) if 'c_attn' in name else (t.detach(),) for t in (p, p.grad))
-            for part, grad, new in zip(parts, grads, after['transformer.h.' + name].split([len(part) for part in parts])):
-                alone = torch.nn.Parameter(part.clone())
-                alone.grad = grad.clone()
-                torch.optim.Muon([alone], lr=0.02, weight_decay=0.1).step()
-                # the difference is bf16's rounding, as ours multiplies several matrices at a time
-                assert (alone.detach() - new).norm() < 0.05 * (alone.detach() - part).norm(), name
-
-
-@pytest.mark.processor
-def test_muon_without_bf16_hardware(mini, script, monkeypatch):
-    """It multiplies in fp32 there, and in bf16 where the processor has it."""
-    seen = []
-    monkeypatch.setattr(optimizers, 'orthogonalized', lambda x, eps, its=optimizers.orthogonalized: seen.append(x.dtype) or its(x, eps))
-    for has_bf16 in (False, True):
-        monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda answer=has_bf16: answer)
-        assert script('train.py', *TINY, '--optimizer=muon', '--max_iters=1').code == 0
-    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3   # three shapes
-
-
-def test_tensorboard(mini, script):
+def test_tensorboard_gets_the_losses_of_the_log(mini, script):
     pytest.importorskip('tensorboard')
-    assert script('train.py', *TINY, '--tensorboard_log').code == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert script('train.py', *TINY, '--tensorboard_log').code == 0
     events = EventAccumulator('out/tensorboard').Reload()
-    assert [round(e.value, 4) for e in events.Scalars('val_loss')] == [
-        round(float(row['val_loss']), 4) for row in read_log('out/log.csv') if row['val_loss']]
+    shown = [round(event.value, 4) for event in events.Scalars('val_loss')]
+    assert shown == [round(loss, 4) for loss in column('out/log.csv', 'val_loss')]
 
 
-def test_wandb(mini, script, monkeypatch):
-    from types import SimpleNamespace
-    rows = []
-    fake = SimpleNamespace(init=lambda **options: rows.append(options), log=lambda row, step: rows.append((step, row)))
+def test_wandb_gets_a_row_for_every_step(mini, script, monkeypatch):
+    runs, rows = [], {}
+    fake = SimpleNamespace(
+        init=lambda **options: runs.append(options['name']),
+        log=lambda row, step: rows.update({step: row}))
     monkeypatch.setitem(sys.modules, 'wandb', fake)
     assert script('train.py', *TINY, '--wandb_log', '--wandb_run_name=mine').code == 0
-    assert rows[0]['name'] == 'mine' and [step for step, _ in rows[1:]] == list(range(11)) and 'val_loss' in rows[1][1]
+    assert runs == ['mine']
+    assert list(rows) == list(range(11))
+    assert 'val_loss' in rows[0]
 
 
-@pytest.mark.parametrize('knob, package', [('wandb_log', 'wandb'), ('tensorboard_log', 'torch.utils.tensorboard')])
-def test_tracker_that_is_not_installed(mini, refused, monkeypatch, knob, package):
+@pytest.mark.parametrize('knob, package', [
+    ('wandb_log', 'wandb'),
+    ('tensorboard_log', 'torch.utils.tensorboard'),
+])
+def test_a_tracker_that_is_not_installed_is_refused(mini, refused, monkeypatch, knob, package):
     monkeypatch.setitem(sys.modules, package, None)
     refused('train.py', *TINY, f'--{knob}', words=[knob, 'pip install'])
 
 
-def test_decay_typed_anew_holds_after_a_resume(mini, script):
-    script('train.py', *TINY, '--max_iters=5', '--weight_decay=0')
-    script('train.py', *TINY, '--init_from=resume', '--max_iters=10', '--weight_decay=0.5', '--beta1=0.8')
-    groups = checkpoint.load('out/last.pt')['optimizer'][0]['param_groups']
-    assert [group['weight_decay'] for group in groups] == [0.5, 0.0] and groups[0]['betas'][0] == 0.8
-
-
-def test_characters_need_torch_and_numpy_alone(mini, process):
-    """With every optional package out of reach, a run and its sample still work (nanoGPT #53: no requirements)."""
-    hide = 'import sys; sys.modules.update(dict.fromkeys(["tiktoken", "requests", "matplotlib", "wandb", "tensorboard", "tqdm"]))'
-    code = f'''
-{hide}
+WITHOUT_OPTIONAL_PACKAGES = f'''
 import runpy
+import sys
 sys.path.insert(0, {str(ROOT)!r})
-for name, *flags in {[['train.py', *TINY], ['sample.py', '--start=so', '--max_new_tokens=5']]!r}:
-    sys.argv = [name, *flags]
+optional = ['tiktoken', 'requests', 'matplotlib', 'wandb', 'tensorboard', 'tqdm']
+sys.modules.update(dict.fromkeys(optional))   # None: importing the package fails
+train = ['train.py', *{TINY!r}]
+sample = ['sample.py', '--start=so', '--max_new_tokens=5']
+for command in (train, sample):
+    sys.argv = command
     try:
-        runpy.run_path({str(ROOT)!r} + '/' + name, run_name='__main__')
+        runpy.run_path({str(ROOT)!r} + '/' + command[0], run_name='__main__')
     except SystemExit as stop:
-        assert not stop.code, (name, stop.code)
+        assert not stop.code, (command, stop.code)
 '''
-    done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.startswith('so') and len(done.stdout) == 8, done.stderr
+
+
+def test_characters_need_torch_and_numpy_alone(mini):
+    """A run and its sample work without any optional package (nanoGPT #53: no requirements)."""
+    command = [sys.executable, '-W', 'error::FutureWarning', '-c', WITHOUT_OPTIONAL_PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('so')
+    assert len(done.stdout) == len('so') + 5 + len('\n')
     assert not os.path.exists('out/loss.png')
 
 
-# ---- exactness -----------------------------------------------------------------------------------------------------
+# ---- architectures and optimizers ----------------------------------------------------------------
 
 @pytest.mark.processor
-@pytest.mark.parametrize('knobs', [dict(dropout=0.2, gradient_accumulation_steps=2), dict(optimizer='muon', dtype='bfloat16', dropout=0.1)])
-def test_ten_steps_are_five_and_five(mini, script, knobs):
-    """10 steps equal 5 + resume + 5 bit for bit, weights and log, whatever else was evaluated or sampled on the way."""
-    script('train.py', *TINY, *flags(**knobs), '--out_dir=whole')
-    script('train.py', *TINY, *flags(**knobs), '--out_dir=parts', '--max_iters=5')
-    result = script('train.py', *TINY, *flags(**knobs), '--out_dir=parts', '--init_from=resume')
-    assert 'resumed from parts/last.pt at iter 5' in result.err and 'at the start' not in result.err
+@pytest.mark.parametrize('knobs', [
+    dict(optimizer='muon'),
+    dict(pos='rope', norm='post', qk_norm=True, activation='relu2', dropout=0.1),
+    dict(label_smoothing=0.1, layer_drop=0.2, grad_checkpointing=True, bias=False,
+         tie_weights=False),
+    dict(dtype='bfloat16', flash=False),
+    dict(grad_clip=0, decay_lr=False, weight_decay=0),
+])
+def test_every_knob_trains(mini, script, knobs):
+    result = script('train.py', *TINY, *flags(**knobs), '--max_iters=30', '--lr_decay_iters=30')
+    assert result.code == 0, result.err
+    losses = column('out/log.csv', 'val_loss')
+    assert losses[-1] < losses[0] - 0.3
+
+
+def split_attention(name, matrix):
+    """Return q, k and v of an attention's joint matrix (3C, C); other matrices stay whole."""
+    if 'c_attn' in name:
+        return matrix.detach().chunk(3)
+    return [matrix.detach()]
+
+
+def torch_muon(weight, gradient):
+    """Return a matrix after one step of torch's own Muon."""
+    alone = torch.nn.Parameter(weight.clone())
+    alone.grad = gradient.clone()
+    torch.optim.Muon([alone], lr=0.02, weight_decay=0.1).step()
+    return alone.detach()
+
+
+@pytest.mark.processor
+def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatch):
+    """One step from the same weights equals torch's Muon with q, k and v as three parameters.
+
+    torch's Muon multiplies in bf16 on every processor; the test makes ours do the same."""
+    monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda: True)
+    polynomial = (3.4445, -4.775, 2.0315)   # torch's coefficients
+    monkeypatch.setattr(optimizers, 'POLAR', (polynomial,) * 5)
+    muon = [*TINY, '--optimizer=muon', '--warmup_iters=0', '--grad_clip=0']
+    script('train.py', *muon, '--max_iters=0')
+    os.rename('out', 'start')
+    script('train.py', *muon, '--max_iters=1')
+    net = checkpoint.build_model(checkpoint.load('start/last.pt'), '')
+    windows = TrainingWindows(Dataset('mini'), 'train', 16, 1337)
+    logits, loss = net(*windows.batch(0, 4))
+    loss.backward()
+    after = weights('out/last.pt')
+    for name, p in net.transformer.h.named_parameters():
+        if p.dim() != 2:
+            continue
+        before = split_attention(name, p)
+        gradients = split_attention(name, p.grad)
+        ours = split_attention(name, after['transformer.h.' + name])
+        for old, gradient, new in zip(before, gradients, ours, strict=True):
+            theirs = torch_muon(old, gradient)
+            # bf16 rounds differently because ours multiplies several matrices at a time
+            assert (theirs - new).norm() < 0.05 * (theirs - old).norm(), name
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize('has_bf16, expected', [(False, torch.float32), (True, torch.bfloat16)])
+def test_muon_multiplies_in_bf16_only_in_hardware(mini, script, monkeypatch, has_bf16, expected):
+    dtypes = []
+    orthogonalized = optimizers.orthogonalized
+
+    def noting_dtypes(x, eps):
+        dtypes.append(x.dtype)
+        return orthogonalized(x, eps)
+    monkeypatch.setattr(optimizers, 'orthogonalized', noting_dtypes)
+    monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda: has_bf16)
+    assert script('train.py', *TINY, '--optimizer=muon', '--max_iters=1').code == 0
+    assert dtypes == [expected] * 3   # a call for each of the three shapes of matrices
+
+
+def test_zero_init_starts_at_the_uniform_distribution(mini, script):
+    """An untied head and the end of every branch start at 0."""
+    script('train.py', *TINY, '--zero_init', '--tie_weights=False', '--max_iters=0')
+    start = weights('out/last.pt')
+    zeros = {name for name, p in start.items() if p.dim() == 2 and not p.any()}
+    assert zeros == {'lm_head.weight',
+                     'transformer.h.0.attn.c_proj.weight',
+                     'transformer.h.0.mlp.c_proj.weight',
+                     'transformer.h.1.attn.c_proj.weight',
+                     'transformer.h.1.mlp.c_proj.weight'}
+    uniform = math.log(len(start['lm_head.weight']))
+    assert column('out/log.csv', 'val_loss')[-1] == pytest.approx(uniform, abs=1e-5)
+
+
+def test_zero_init_leaves_a_tied_head_as_gpt2s(mini, script):
+    script('train.py', *TINY, '--zero_init', '--max_iters=0')
+    assert weights('out/last.pt')['lm_head.weight'].any()
+
+
+def test_large_vocabularies_are_padded_to_a_multiple_of_64(script, folder):
+    """nanoGPT pads GPT-2's vocabulary to 50,304. Sampling never draws the padding."""
+    os.makedirs('data/wide')
+    chars = ''.join(chr(0x4e00 + i) for i in range(5000))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5000, (400,), generator=generator).numpy().astype('<u2')
+    for split in ('train', 'val'):
+        tokens.tofile(f'data/wide/{split}.bin')
+    tokenizer = dict(kind='char', chars=chars)
+    meta = dict(tokenizer=tokenizer, dtype='uint16', splits={}, source={})
+    Path('data/wide/meta.json').write_text(json.dumps(meta))
+    assert script('train.py', *TINY, '--dataset=wide', '--max_iters=2').code == 0
+    assert weights('out/last.pt')['lm_head.weight'].shape == (5056, 16)
+    hot = flags(device='cpu', temperature=50, max_new_tokens=300, start=chars[0])
+    text = script('sample.py', *hot).out
+    assert set(text.rstrip('\n')) <= set(chars)
+
+
+def test_a_padded_vocabulary_samples_while_training(mini, script):
+    """A nanoGPT checkpoint has more rows than its tokenizer has symbols."""
+    script('train.py', *TINY, '--max_iters=2')
+    loaded = checkpoint.load('out/last.pt')
+    wte = loaded['model']['transformer.wte.weight']
+    loaded['model_args']['vocab_size'] += 9
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        loaded['model'][name] = torch.cat((wte, 40 * wte[:9]))
+    for tensors in loaded['optimizer'][0]['state'].values():
+        for key, value in tensors.items():
+            if value.shape == wte.shape:
+                tensors[key] = torch.cat((value, value[:9]))
+    loaded['best_val_loss'] = torch.tensor(loaded['best_val_loss'])
+    checkpoint.save('out/last.pt', loaded)
+    more = flags(init_from='resume', max_iters=4, sample_interval=1)
+    assert script('train.py', *TINY, *more).code == 0
+
+
+# ---- exactness -----------------------------------------------------------------------------------
+
+@pytest.mark.processor
+@pytest.mark.parametrize('knobs', [
+    dict(dropout=0.2, gradient_accumulation_steps=2),
+    dict(optimizer='muon', dtype='bfloat16', dropout=0.1),
+])
+def test_ten_steps_equal_five_and_five_after_a_resume(mini, script, knobs):
+    """Weights, optimizer state and log are equal to the bit."""
+    common = [*TINY, *flags(**knobs)]
+    script('train.py', *common, '--out_dir=whole')
+    script('train.py', *common, '--out_dir=parts', '--max_iters=5')
+    result = script('train.py', *common, '--out_dir=parts', '--init_from=resume')
+    assert 'resumed from parts/last.pt at iter 5' in result.err
+    assert 'at the start' not in result.err
     assert same_weights('whole/last.pt', 'parts/last.pt')
     assert without_times('whole/log.csv') == without_times('parts/log.csv')
-    a, b = (torch.load(f'{run}/last.pt', weights_only=True)['optimizer'] for run in ('whole', 'parts'))
-    assert str(a) == str(b)
+    whole = torch.load('whole/last.pt', weights_only=True)
+    parts = torch.load('parts/last.pt', weights_only=True)
+    assert str(whole['optimizer']) == str(parts['optimizer'])
 
 
-def test_resume_takes_the_runs_own_knobs(mini, script):
-    script('train.py', *TINY, '--max_iters=5')
-    result = script('train.py', '--init_from=resume', '--max_iters=10', '--device=cpu', '--dtype=float32')
-    assert result.code == 0 and checkpoint.load('out/last.pt')['iter_num'] == 10
+def test_a_resumed_run_has_the_knobs_it_began_with(mini, script):
     script('train.py', *TINY, '--out_dir=whole')
+    script('train.py', *TINY, '--max_iters=5')
+    more = flags(init_from='resume', max_iters=10, device='cpu', dtype='float32')
+    assert script('train.py', *more).code == 0
+    assert checkpoint.load('out/last.pt')['iter_num'] == 10
     assert same_weights('whole/last.pt', 'out/last.pt')
 
 
+def test_knobs_of_the_optimizer_can_change_at_a_resume(mini, script):
+    script('train.py', *TINY, '--max_iters=5', '--weight_decay=0')
+    changed = flags(init_from='resume', max_iters=10, weight_decay=0.5, beta1=0.8)
+    script('train.py', *TINY, *changed)
+    matrices, vectors = checkpoint.load('out/last.pt')['optimizer'][0]['param_groups']
+    assert matrices['weight_decay'] == 0.5
+    assert vectors['weight_decay'] == 0.0
+    assert matrices['betas'][0] == 0.8
+
+
 @pytest.mark.processor
-def test_evaluation_never_moves_training(mini, script):
+def test_evaluating_and_sampling_never_move_training(mini, script):
     script('train.py', *TINY, '--dropout=0.1')
-    script('train.py', *TINY, '--dropout=0.1', '--out_dir=other', '--eval_interval=3', '--eval_iters=5', '--sample_interval=2')
+    more_often = flags(eval_interval=3, eval_iters=5, sample_interval=2)
+    script('train.py', *TINY, '--dropout=0.1', '--out_dir=other', *more_often)
     assert same_weights('out/last.pt', 'other/last.pt')
-    assert [row['train_loss'] for row in read_log('out/log.csv')] == [row['train_loss'] for row in read_log('other/log.csv')]
+    losses = [row['train_loss'] for row in read_log('out/log.csv')]
+    assert losses == [row['train_loss'] for row in read_log('other/log.csv')]
 
 
 @pytest.mark.processor
 def test_accumulation_equals_a_larger_batch(mini, script):
-    """1 x 8 equals 4 x 2: the same windows, the same mean loss, the same step."""
-    for out, knobs in (('a', dict(batch_size=8, gradient_accumulation_steps=1)), ('b', dict(batch_size=2, gradient_accumulation_steps=4))):
-        script('train.py', *TINY, *flags(**knobs), f'--out_dir={out}', '--eval_iters=1000')
-    for a, b in zip(read_log('a/log.csv'), read_log('b/log.csv')):
-        for key in ('train_loss', 'val_loss'):
-            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
+    """One batch of 8 equals four of 2: the same windows, the same mean loss, the same step."""
+    common = [*TINY, '--eval_iters=1000']
+    large = flags(out_dir='large', batch_size=8, gradient_accumulation_steps=1)
+    small = flags(out_dir='small', batch_size=2, gradient_accumulation_steps=4)
+    script('train.py', *common, *large)
+    script('train.py', *common, *small)
+    assert_logs_agree('large/log.csv', 'small/log.csv', 'train_loss', 'val_loss')
 
 
-@pytest.mark.parametrize('ranks', [3])
-def test_several_processes_equal_one(mini, script, process, ranks):
-    """torchrun with gloo on the CPU: the same losses from the same global batch."""
-    common = [*TINY, '--gradient_accumulation_steps=6', '--max_iters=5', '--eval_iters=1000']
-    script('train.py', *common, '--out_dir=one')
-    # torch's threads may be caught by Python's end, and then abort: a rank must leave without it, but not without atexit's
-    Path('sitecustomize.py').write_text("""import atexit, os
+# A thread of torch that is still alive when Python shuts down can abort the process. So a rank
+# skips Python's shutdown, and still calls the functions that were registered with atexit.
+ABORT_AT_SHUTDOWN = '''
+import atexit
+import os
 class Thread:
     def __del__(self, abort=os.abort):
         abort()
 if 'RANK' in os.environ:
     caught = Thread()
     atexit.register(lambda: open('exit-' + os.environ['RANK'], 'w').close())
-""")
-    done = process('train.py', *common, '--out_dir=many', env=dict(PYTHONPATH='.'),
-                   launcher=['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'])
+'''
+
+
+def test_several_ranks_equal_one_process(mini, script, process):
+    """torchrun with gloo on the CPU: the same losses from the same global batch."""
+    common = [*TINY, '--gradient_accumulation_steps=6', '--max_iters=5', '--eval_iters=1000']
+    script('train.py', *common, '--out_dir=one')
+    Path('sitecustomize.py').write_text(ABORT_AT_SHUTDOWN)
+    done = process('train.py', *common, '--out_dir=many', launcher=torchrun(ranks=3),
+                   env=dict(PYTHONPATH='.'))
     assert done.returncode == 0, done.stderr
-    assert len(list(Path().glob('exit-*'))) == ranks
-    for a, b in zip(read_log('one/log.csv'), read_log('many/log.csv'), strict=True):
-        for key in ('train_loss', 'val_loss', 'grad_norm'):
-            assert (a[key] == b[key] == '') or float(a[key]) == pytest.approx(float(b[key]), abs=1e-5)
+    assert len(list(Path().glob('exit-*'))) == 3
+    columns = ['train_loss', 'val_loss', 'grad_norm']
+    assert_logs_agree('one/log.csv', 'many/log.csv', *columns)
     assert not any(name.startswith('module') for name in weights('many/last.pt'))
 
 
-def test_accumulation_not_divisible_by_ranks(mini, process):
-    done = process('train.py', *TINY, '--gradient_accumulation_steps=3',
-                   launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+def test_micro_steps_that_ranks_cannot_share_are_refused(mini, process):
+    argv = [*TINY, '--gradient_accumulation_steps=3']
+    done = process('train.py', *argv, launcher=torchrun(ranks=2))
     errors = [line for line in done.stderr.splitlines() if 'error: ' in line]
-    assert done.returncode != 0 and any('does not divide by 2 ranks' in line and 'type --gradient_accumulation_steps=4' in line for line in errors)
+    assert done.returncode != 0
+    assert any('does not divide by 2 ranks' in line
+               and 'type --gradient_accumulation_steps=4' in line for line in errors)
     assert not os.path.exists('out')
 
 
+# ---- signals -------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_so(mini, number):
-    """Ctrl-C or a preemption ends after the step, saved, with 128 + signal; resuming reaches the uninterrupted weights."""
-    command = [PYTHON, str(ROOT / 'train.py'), *TINY, '--eval_interval=100000', '--max_iters=100000', '--decay_lr=False',
-               '--out_dir=out a']
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def test_a_signal_ends_a_run_after_a_step_that_is_saved(mini, number):
+    """The exit code is 128 + signal, and the message says how to resume."""
+    endless = flags(eval_interval=100_000, max_iters=100_000, decay_lr=False)
+    run = start_training(*TINY, *endless, '--out_dir=out a')
     for line in run.stderr:
         if line.startswith('iter 20: loss'):
             run.send_signal(number)
             break
     rest = run.stderr.read()
-    assert run.wait(60) == 128 + number and f'signal {int(number)}: saved out a/last.pt' in rest and 'Traceback' not in rest
-    assert "type --init_from=resume --out_dir='out a' to go on" in rest   # as a shell takes it
+    assert run.wait(60) == 128 + number
+    assert f'signal {int(number)}: saved out a/last.pt' in rest
+    assert "type --init_from=resume --out_dir='out a' to go on" in rest   # quoted for a shell
+    assert 'Traceback' not in rest
     stopped = checkpoint.load('out a/last.pt')['iter_num']
-    assert stopped > 20 and len(read_log('out a/log.csv')) == stopped
+    assert stopped > 20
+    assert len(read_log('out a/log.csv')) == stopped
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_rank_that_waits_for_the_others_ends_at_a_signal(mini, number):
-    """torchrun ends the ranks that are left when one dies while all start; they are not to wait for its SIGKILL."""
+    """When a rank dies at the start, torchrun stops the others; none waits for its SIGKILL."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    command = [PYTHON, str(ROOT / 'train.py'), *TINY, '--gradient_accumulation_steps=2']
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **alone})
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:   # until rank 0 listens, and waits for rank 1
-        with socket.socket() as s:
-            if s.connect_ex(('127.0.0.1', int(port))) == 0:
-                break
-        time.sleep(0.05)
-    else:
-        pytest.fail('rank 0 never listened')
+        port = s.getsockname()[1]
+    alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
+                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    run = start_training(*TINY, '--gradient_accumulation_steps=2', **alone)
     try:
+        wait_for_a_listener(port)   # rank 0 listens while it waits for rank 1
         run.send_signal(number)
         assert run.wait(10) == -number
     finally:
@@ -315,87 +530,154 @@ def test_a_rank_that_waits_for_the_others_ends_at_a_signal(mini, number):
         run.stderr.close()
 
 
-# ---- max_minutes ---------------------------------------------------------------------------------------------------
+def wait_for_a_listener(port):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as s:
+            if s.connect_ex(('127.0.0.1', port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail('rank 0 never listened')
 
-LONG = [*TINY, '--max_iters=1000000', '--lr_decay_iters=1000000', '--warmup_iters=0', '--eval_interval=1000000',
-        '--min_lr=1e-4', '--max_minutes=0.01']   # a run that ends after 0.6 seconds of training
+
+# ---- time, targets and the learning rate ---------------------------------------------------------
+
+# a run that ends after 0.6 seconds of training
+LONG = [*TINY, *flags(max_iters=1_000_000, lr_decay_iters=1_000_000, eval_interval=1_000_000,
+                      warmup_iters=0, min_lr=1e-4, max_minutes=0.01)]
 
 
-def test_a_run_that_ends_in_time_is_the_same_without_the_limit(mini, script):
-    """Weights and log are equal to the bit, and nothing is said of a limit."""
+def test_a_time_limit_that_is_not_reached_changes_nothing(mini, script):
+    """Weights and log are equal to the bit, and no message speaks of the limit."""
     script('train.py', *TINY, '--dropout=0.1', '--out_dir=free')
     limited = script('train.py', *TINY, '--dropout=0.1', '--max_minutes=30')
-    assert limited.code == 0 and 'max_minutes' not in limited.err
+    assert limited.code == 0
+    assert 'max_minutes' not in limited.err
     assert same_weights('free/last.pt', 'out/last.pt')
     assert without_times('free/log.csv') == without_times('out/log.csv')
 
 
-def test_time_ends_a_run_with_its_schedule_decayed(mini, script):
-    """Every rate is the cosine's at the larger of both shares, and the end is a normal one: the whole split, last.pt, done."""
+def test_a_time_limit_ends_a_run_with_its_schedule_decayed(mini, script):
+    """The end is a normal one: the whole validation split, last.pt, and 'done'."""
     result = script('train.py', *LONG)
     assert result.code == 0, result.err
     rows = read_log('out/log.csv')
     steps = int(rows[-1]['iter'])
-    assert 1 < steps < 1_000_000 and rows[-1]['val_loss']
-    for words in (f'max_minutes=0.01 was reached after {steps:,} of max_iters=1,000,000 steps', 'on the whole split',
-                  f'done: {steps:,} steps', 'type --max_minutes=0 for all 1,000,000 steps',
-                  'from here the learning rate follows max_minutes=0.01'):
-        assert words in result.err, words
-    assert checkpoint.load('out/last.pt')['iter_num'] == steps
+    assert 1 < steps < 1_000_000
+    assert rows[-1]['val_loss']
     assert float(rows[-1]['seconds']) >= 0.6
+    assert checkpoint.load('out/last.pt')['iter_num'] == steps
+    for words in ('from here the learning rate follows max_minutes=0.01',
+                  f'max_minutes=0.01 was reached after {steps:,} of max_iters=1,000,000 steps',
+                  'on the whole split',
+                  f'done: {steps:,} steps',
+                  'type --max_minutes=0 for all 1,000,000 steps'):
+        assert words in result.err, words
+    check_rates_follow_time(rows[:-1])
+
+
+def check_rates_follow_time(rows):
+    """Check that the rate follows the cosine at the larger share, of the steps or of 0.6 s."""
     before = 0.0   # seconds of training when the step began
-    for row in rows[:-1]:
+    for row in rows:
         done = max(int(row['iter']) / 1_000_000, min(1, before / 0.6))
         expected = 1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * done))
         assert float(row['lr']) == pytest.approx(expected, rel=0.01, abs=3e-5)
         before = float(row['seconds'])
 
 
-def test_time_shorter_than_a_step_makes_one(mini, script):
+def test_a_time_limit_shorter_than_a_step_makes_one_step(mini, script):
     result = script('train.py', *LONG, '--max_minutes=1e-9')
-    assert result.code == 0 and 'done: 1 steps' in result.err and read_log('out/log.csv')[-1]['val_loss']
+    assert result.code == 0
+    assert 'done: 1 steps' in result.err
+    assert read_log('out/log.csv')[-1]['val_loss']
 
 
-def test_a_run_past_its_time_is_not_trained_further(mini, script):
-    """A resumed run ends whole without a step, says what to type, and goes on with more minutes."""
+def test_a_run_past_its_time_is_trained_further_only_with_more_minutes(mini, script):
+    """Resumed with the same minutes, the run ends without a step and says what to type."""
     script('train.py', *LONG)
     steps = checkpoint.load('out/last.pt')['iter_num']
     again = script('train.py', '--init_from=resume', '--device=cpu')
-    assert again.code == 0 and 'there is nothing left to train; type --max_minutes=6' in again.err, again.err
-    assert checkpoint.load('out/last.pt')['iter_num'] == steps
-    seconds = checkpoint.load('out/last.pt')['seconds']
-    more = script('train.py', '--init_from=resume', '--device=cpu', f'--max_minutes={(seconds + 0.6) / 60}')
-    assert more.code == 0 and checkpoint.load('out/last.pt')['iter_num'] > steps
+    assert again.code == 0
+    assert 'there is nothing left to train; type --max_minutes=6' in again.err
+    unchanged = checkpoint.load('out/last.pt')
+    assert unchanged['iter_num'] == steps
+    seconds = unchanged['seconds']
+    limit = flags(max_minutes=(seconds + 0.6) / 60)
+    more = script('train.py', '--init_from=resume', '--device=cpu', *limit)
+    assert more.code == 0
+    assert checkpoint.load('out/last.pt')['iter_num'] > steps
     assert float(read_log('out/log.csv')[-1]['seconds']) >= seconds + 0.599
 
 
-def test_time_without_decay_ends_at_a_constant_rate(mini, script):
+def test_a_time_limit_without_decay_ends_at_a_constant_rate(mini, script):
     result = script('train.py', *LONG, '--decay_lr=False')
-    assert result.code == 0 and 'with decay_lr=False the run of max_minutes=0.01 ends at a constant rate' in result.err
-    assert 'decayed' not in result.err and 'learning rate follows' not in result.err
+    assert result.code == 0
+    constant = 'with decay_lr=False the run of max_minutes=0.01 ends at a constant rate'
+    assert constant in result.err
+    assert 'decayed' not in result.err
+    assert 'learning rate follows' not in result.err
     assert {row['lr'] for row in read_log('out/log.csv') if row['lr']} == {'0.01'}
 
 
-def test_time_below_zero(mini, refused):
-    refused('train.py', *TINY, '--max_minutes=-1', words=['max_minutes=-1', '0'])
-
-
-def test_all_ranks_end_after_the_same_step(mini, forked):
-    """Two ranks, one with a clock that runs three times as fast, do not wait for each other for ever."""
-    (mini / 'start.py').write_text(f"""import os, runpy, sys, time
+FAST_CLOCK_ON_RANK_1 = f'''
+import os
+import runpy
+import time
+clock = time.perf_counter
 if os.environ['RANK'] == '1':
-    time.perf_counter = lambda clock=time.perf_counter: 3 * clock()
+    time.perf_counter = lambda: 3 * clock()
 runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
-""")
+'''
+
+
+def test_a_time_limit_ends_all_ranks_after_the_same_step(mini, forked):
+    """One rank's clock runs three times as fast, and no rank waits for the other forever."""
+    Path('start.py').write_text(FAST_CLOCK_ON_RANK_1)
     forked([2, str(mini / 'start.py'), *LONG, '--gradient_accumulation_steps=2'])
     steps = checkpoint.load('out/last.pt')['iter_num']
-    assert 1 <= steps < 1_000_000 and int(read_log('out/log.csv')[-1]['iter']) == steps
+    assert 1 <= steps < 1_000_000
+    assert int(read_log('out/log.csv')[-1]['iter']) == steps
 
 
-# ---- the main job's config and others' -----------------------------------------------------------------------------
+@pytest.mark.processor
+@pytest.mark.pictures   # the reported time must not include drawing
+def test_target_loss_ends_a_run_at_the_first_evaluation_below(mini, script):
+    """The loss is that of the whole split. The run reports its seconds and saves its weights."""
+    sixty = flags(max_iters=60, lr_decay_iters=60, eval_interval=20)
+    result = script('train.py', *TINY, *sixty, '--target_loss=2.9')
+    assert result.code == 0
+    reached = re.search(r'reached target_loss=2.9 after (20|40) steps: '
+                        r'([\d.]+) s of training, evaluations excluded; ([\d.]+) s', result.err)
+    steps, training, everything = reached.groups()
+    assert 0 < float(training) <= float(everything)
+    last = read_log('out/log.csv')[-1]
+    assert last['iter'] == steps
+    assert float(last['val_loss']) < 2.9
+    assert float(last['seconds']) == pytest.approx(float(training), abs=0.051)
+    evaluated = script('evaluate.py', '--device=cpu', '--dtype=float32', '--json=-')
+    loss = json.loads(evaluated.out)['nats_per_token']
+    assert loss == pytest.approx(float(last['val_loss']), abs=1e-5)
 
-def test_nanogpt_style_config_runs_unchanged(mini, script):
-    (mini / 'c.py').write_text('''
+
+def test_a_target_loss_that_is_not_reached_is_reported(mini, script):
+    missed = script('train.py', *TINY, '--max_iters=2', '--target_loss=0.001')
+    assert missed.code == 0
+    assert 'target_loss=0.001 was not reached in max_iters=2' in missed.err
+
+
+def test_cooldown_is_a_straight_line_over_the_last_share_of_steps(mini, script):
+    twenty = flags(max_iters=20, lr_decay_iters=20, warmup_iters=4, cooldown=0.5, min_lr=1e-3)
+    script('train.py', *TINY, *twenty)
+    warm_up = [1e-2 * (i + 1) / 5 for i in range(4)]
+    peak = [1e-2] * 6
+    line = [1e-2 - 9e-3 * i / 10 for i in range(10)]
+    assert column('out/log.csv', 'lr') == pytest.approx(warm_up + peak + line, rel=1e-5)
+
+
+# ---- configs and datasets ------------------------------------------------------------------------
+
+NANOGPT_CONFIG = '''
 # train a miniature character-level model
 import time
 out_dir = 'out-mini'
@@ -423,128 +705,303 @@ warmup_iters = 1
 bias = False
 device = 'cpu'
 compile = False
-''')
+'''
+
+
+def test_a_nanogpt_config_runs_unchanged(mini, script):
+    Path('c.py').write_text(NANOGPT_CONFIG)
     assert script('train.py', 'c.py', '--dtype=float32').code == 0
     assert checkpoint.load('out-mini/last.pt')['iter_num'] == 10
-    assert script('sample.py', '--out_dir=out-mini', '--device=cpu', '--max_new_tokens=3').code == 0
+    sample = flags(out_dir='out-mini', device='cpu', max_new_tokens=3)
+    assert script('sample.py', *sample).code == 0
 
 
-def test_data_is_prepared_when_missing(folder, script, monkeypatch):
-    """No network: the main job's config trains on the stand-in, loudly, every time."""
-    (folder / 'python').write_text(f"""#!/bin/sh
+def test_the_main_config_on_a_gpu_is_nanogpts():
+    knobs = knobs_on_a_gpu('config/train_shakespeare_char.py')
+    nanogpts = dict(
+        dataset='shakespeare_char', batch_size=64, gradient_accumulation_steps=1,
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+        learning_rate=1e-3, min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=5000)
+    assert {key: knobs[key] for key in nanogpts} == nanogpts
+
+
+# a python that does not pause between the tries of a download
+IMPATIENT_PYTHON = f'''#!/bin/sh
 exec {PYTHON} -c '
 import os, runpy, sys, time
-time.sleep = lambda seconds: None   # between the tries of the download
+time.sleep = lambda seconds: None
 del sys.argv[0]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
-""")
-    (folder / 'python').chmod(0o755)
-    monkeypatch.setattr('conftest.PYTHON', str(folder / 'python'))
+'''
+
+
+def test_a_missing_dataset_is_prepared(folder, script, monkeypatch):
+    """Without a network the main config trains on the stand-in, and says so in every run."""
+    python = folder / 'python'
+    python.write_text(IMPATIENT_PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setattr('conftest.PYTHON', str(python))
     for variable in ('HTTPS_PROXY', 'https_proxy'):
         monkeypatch.setenv(variable, 'http://127.0.0.1:9')   # nothing listens there
-    short = ['config/train_shakespeare_char.py', '--max_iters=1', '--n_layer=1', '--n_embd=12', '--batch_size=2', '--device=cpu',
-             '--eval_iters=1', '--block_size=4096', '--n_head=1', '--sample_interval=0']
+    short = flags(max_iters=1, eval_iters=1, sample_interval=0, n_layer=1, n_head=1, n_embd=12,
+                  batch_size=2, block_size=4096, device='cpu')
     for run in range(2):
-        result = script('train.py', *short)
+        result = script('train.py', 'config/train_shakespeare_char.py', *short)
         assert result.code == 0, result.err
         assert ('running prepare_shakespeare.py' in result.err) == (run == 0)
-        for words in ('THIS IS NOT TINY SHAKESPEARE', 'the download failed', 'python prepare_shakespeare.py --tokenizer=char'):
+        for words in ('THIS IS NOT TINY SHAKESPEARE',
+                      'the download failed',
+                      'python prepare_shakespeare.py --tokenizer=char'):
             assert words in result.err
-    assert json.load(open('data/shakespeare_char/meta.json'))['source']['stand_in'] is True
+    meta = json.loads(Path('data/shakespeare_char/meta.json').read_text())
+    assert meta['source']['stand_in'] is True
 
 
-def test_main_config_on_gpu_is_nanogpts(folder):
-    from lib.configurator import configure
-    text = (ROOT / 'train.py').read_text().partition('# ---- knobs')[2].partition('knobs, given')[0]
-    knobs = {}
-    exec('#' + text, knobs)
-    configure(knobs, lambda name: 'cuda', [str(ROOT / 'config/train_shakespeare_char.py')])
-    expected = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, learning_rate=1e-3, max_iters=5000,
-                    min_lr=1e-4, beta2=0.99, warmup_iters=100, gradient_accumulation_steps=1, dataset='shakespeare_char')
-    assert {key: knobs[key] for key in expected} == expected
+def test_prepare_makes_only_the_dataset_that_is_missing(mini, refused):
+    """The prepare script of another dataset is refused, and so is text that is not a script."""
+    other = '--prepare=prepare_shakespeare.py --tokenizer=char'
+    refused('train.py', *TINY, '--dataset=shakespeare', other, words=['makes shakespeare_char'])
+    for prepare in ("'", ' ', 'nofile.py'):
+        refused('train.py', *TINY, '--dataset=nope', f'--prepare={prepare}', words=['--prepare='])
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+def test_a_stand_in_never_replaces_a_dataset(mini, refused, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda s: None)
+    os.rename('data/mini', 'data/shakespeare_char')
+    before = Path('data/shakespeare_char/meta.json').read_text()
+    refused('prepare_shakespeare.py', '--url=http://127.0.0.1:9/x', '--stand_in')
+    assert Path('data/shakespeare_char/meta.json').read_text() == before
+
+
+@pytest.mark.parametrize('name', ['other', 'mini'])
+def test_resuming_on_another_text_starts_a_new_best_loss(mini, script, name):
+    """The text has another name, or the same name and new content. The old best.pt is kept."""
+    script('train.py', *TINY)
+    before = Path('out/best.pt').read_bytes()
+    tokenizer = CharTokenizer(TEXT)
+    noise = ''.join(random.Random(0).choices(tokenizer.chars, k=3000))   # a higher loss than TEXT
+    write_text(name, noise, tokenizer)
+    more = flags(init_from='resume', dataset=name, max_iters=20, device='cpu')
+    result = script('train.py', *more)
+    assert result.code == 0, result.err
+    assert 'another text' in result.err
+    assert 'best-earlier-1.pt' in result.err
+    assert Path('out/best-earlier-1.pt').read_bytes() == before
+    best = checkpoint.load('out/best.pt')
+    assert best['iter_num'] >= 10
+    assert best['data']['name'] == name
+    again = script('train.py', '--init_from=resume', '--max_iters=22', '--device=cpu')
+    assert again.code == 0
+    assert 'another text' not in again.err
+
+
+def test_resuming_on_another_vocabulary_is_refused(mini, script, refused):
+    script('train.py', *TINY, '--max_iters=2')
+    write_text('other', '0123456789abcdef' * 50)
+    before = Path('out/last.pt').read_bytes()
+    other = ['--init_from=resume', '--dataset=other']
+    refused('train.py', *TINY, *other, words=['another tokenizer', '--dataset'])
+    assert Path('out/last.pt').read_bytes() == before
+
+
+def test_characters_that_a_model_lacks_are_named(mini, script, refused):
+    """The error names the first 20 and counts all. A model can also number them differently."""
+    assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
+    alphabet = ''.join(map(chr, range(0x3b1, 0x3ca)))
+    write_text('accents', 'was für ein Ärger' * 50)
+    write_text('greek', f'the miller {alphabet}' * 50)
+    write_text('fewer', 'the miller said' * 50)
+    resume = [*TINY, '--out_dir=o p', '--init_from=resume']
+    advice = ['--dataset=NAME',
+              'python prepare_text.py --input=FILE --name=NAME ',
+              "--tokenizer='FROM:o p/last.pt'"]
+    lacking = ['o p/last.pt', 'data/accents', "lacks 4 of its characters: 'g', 'n', 'Ä', 'ü';"]
+    refused('train.py', *resume, '--dataset=accents', words=[*lacking, *advice])
+    lacking = ["lacks 25 of its characters: 'α', ", "'τ', ...;"]
+    line = refused('train.py', *resume, '--dataset=greek', words=[*lacking, *advice])
+    assert "'υ'" not in line
+    numbered = ['numbers them differently']
+    line = refused('train.py', *resume, '--dataset=fewer', words=[*numbered, *advice])
+    assert 'lacks' not in line
+
+
+@pytest.mark.parametrize('state', [
+    3,
+    ['char'],
+    dict(chars='abc'),
+    dict(kind='char'),
+    dict(kind=['char']),
+    dict(kind='char', chars=7),
+])
+def test_a_malformed_tokenizer_counts_as_another_one(mini, trained, refused, state):
+    os.mkdir('out')
+    loaded = checkpoint.load(str(trained / 'last.pt'))
+    checkpoint.save('out/last.pt', loaded | dict(tokenizer=state))
+    words = ['another tokenizer', '--dataset=NAME']
+    line = refused('train.py', '--init_from=resume', '--device=cpu', words=words)
+    assert 'FROM:' not in line   # the checkpoint has no vocabulary that a text could be given
+
+
+def test_an_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
+    script('train.py', *TINY, '--max_iters=2')
+    path = Path('data/mini/meta.json')
+    meta = json.loads(path.read_text())
+    del meta['splits']['val']
+    path.write_text(json.dumps(meta))
+    os.truncate('data/mini/val.bin', 2)
+    refused('train.py', *TINY, words=['val', 'use more text'])
+    assert not os.path.exists('out/earlier-1')
+
+
+def test_a_resume_keeps_dtype_and_data_dir(mini, script):
+    os.rename('data', 'elsewhere')
+    script('train.py', *TINY, '--max_iters=2', '--data_dir=elsewhere')
+    result = script('train.py', '--init_from=resume', '--max_iters=4', '--device=cpu')
+    assert result.code == 0
+    assert 'dtype float32' in result.err
+
+
+# ---- mistakes and damaged files ------------------------------------------------------------------
 
 @pytest.mark.parametrize('argv, words', [
-    (['--learning_rte=1'], ['learning_rte', '--learning_rate']), (['--max_iters=ten'], ['whole number']),
-    (['--dataset=nope'], ['data/nope', 'prepare']), (['--dataset=../mini'], ["'../mini'", 'not a name']),
-    (['--block_size=50000'], ['block_size=50000', 'type --block_size=']), (['--block_size=0'], ['block_size=0', '1 or more']),
-    (['--n_head=3'], ['n_embd=16', 'n_head=3', '--n_head=']), (['--n_head=0'], ['n_head=0']), (['--n_layer=-1'], ['n_layer=-1']),
-    (['--dtype=float16'], ['float16', 'GPU', '--dtype=auto']), (['--dtype=int8'], ['int8', 'float32, bfloat16, float16']),
-    (['--device=tpu'], ['tpu', '--device=auto']), (['--compile=maybe'], ['maybe', 'auto, True, False']),
-    (['--out_dir=file/run'], ['file/run', '--out_dir']), (['--batch_size=0'], ['batch_size=0']), (['--eval_interval=0'], ['eval_interval=0']),
-    (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps=0']), (['--max_iters=-1'], ['max_iters=-1']),
-    (['--learning_rate=-1'], ['learning_rate=-1']), (['--seed=-5'], ['seed=-5']), (['--seed=' + '9' * 25], ['seed=']),
-    (['--optimizer=sgd'], ['adamw, muon']), (['--pos=sin'], ['learned, rope, none']), (['--dropout=1'], ['dropout=1', 'below 1']),
-    (['--beta2=1'], ['below 1']), (['--lr_decay_iters=soon'], ['lr_decay_iters']), (['--init_from=gpt5'], ['gpt5', 'mean gpt2']),
-    (['--n_embd=1000000007'], ['n_embd=1000000007']), (['--n_embd=1000000', '--n_head=1'], ['GiB', '--n_embd']),
-    (['--n_layer=' + '9' * 30], ['n_layer']), (['--batch_size=' + '9' * 15], ['GiB', '--batch_size']),
-    (['--init_from=resume', '--out_dir=empty'], ['no checkpoint', 'empty/last.pt'])])
-def test_mistakes(mini, refused, argv, words):
-    (mini / 'file').write_text('a file where a folder should be')
+    (['--learning_rte=1'], ['learning_rte', '--learning_rate']),
+    (['--max_iters=ten'], ['whole number']),
+    (['--max_iters=-1'], ['max_iters=-1']),
+    (['--max_minutes=-1'], ['max_minutes=-1', '0']),
+    (['--dataset=nope'], ['data/nope', 'prepare']),
+    (['--dataset=../mini'], ["'../mini'", 'not a name']),
+    (['--block_size=50000'], ['block_size=50000', 'type --block_size=']),
+    (['--block_size=0'], ['block_size=0', '1 or more']),
+    (['--n_head=3'], ['n_embd=16', 'n_head=3', '--n_head=']),
+    (['--n_head=0'], ['n_head=0']),
+    (['--n_layer=-1'], ['n_layer=-1']),
+    (['--n_layer=' + '9' * 30], ['n_layer']),
+    (['--n_embd=1000000007'], ['n_embd=1000000007']),
+    (['--n_embd=1000000', '--n_head=1'], ['GiB', '--n_embd']),
+    (['--dtype=float16'], ['float16', 'GPU', '--dtype=auto']),
+    (['--dtype=int8'], ['int8', 'float32, bfloat16, float16']),
+    (['--device=tpu'], ['tpu', '--device=auto']),
+    (['--compile=maybe'], ['maybe', 'auto, True, False']),
+    (['--compile=0'], ['compile=0', 'True, False']),
+    (['--compile=1'], ['compile=1']),
+    (['--out_dir=file/run'], ['file/run', '--out_dir']),
+    (['--batch_size=0'], ['batch_size=0']),
+    (['--batch_size=' + '9' * 15], ['GiB', '--batch_size']),
+    (['--eval_interval=0'], ['eval_interval=0']),
+    (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps=0']),
+    (['--learning_rate=-1'], ['learning_rate=-1']),
+    (['--lr_decay_iters=soon'], ['lr_decay_iters']),
+    (['--cooldown=0.5', '--decay_lr=False'], ['cooldown=0.5', 'decay_lr=True', '--cooldown=0']),
+    (['--seed=-5'], ['seed=-5']),
+    (['--seed=' + '9' * 25], ['seed=']),
+    (['--optimizer=sgd'], ['adamw, muon']),
+    (['--pos=sin'], ['learned, rope, none']),
+    (['--dropout=1'], ['dropout=1', 'below 1']),
+    (['--beta2=1'], ['below 1']),
+    (['--init_from=gpt5'], ['gpt5', 'mean gpt2']),
+    (['--init_from=resume', '--out_dir=empty'], ['no checkpoint', 'empty/last.pt']),
+])
+def test_mistakes_are_refused_before_anything_is_written(mini, refused, argv, words):
+    Path('file').write_text('a file where a folder should be')
     refused('train.py', *TINY, *argv, words=words)
-    assert not os.path.exists('out') and not os.path.exists('empty')   # nothing half-written
+    assert not os.path.exists('out')
+    assert not os.path.exists('empty')
 
 
-def test_cuda_that_is_not_there(mini, refused):
+def test_a_gpu_that_is_not_there_is_refused(mini, refused):
     if torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     refused('train.py', *TINY, '--device=cuda', words=['device=cuda', 'cpu', '--device=auto'])
 
 
-def test_bin_that_is_not_meta_json(mini, refused):
+def test_a_token_file_that_differs_from_meta_json_is_refused(mini, refused):
     with open('data/mini/train.bin', 'ab') as f:
         f.write(b'\0\0')
     refused('train.py', *TINY, words=['disagrees with meta.json'])
 
 
-def test_resumed_run_keeps_its_shape(mini, script, refused):
+def test_a_resumed_run_cannot_change_its_shape_or_optimizer(mini, script, refused):
     script('train.py', *TINY, '--max_iters=1')
-    refused('train.py', *TINY, '--init_from=resume', '--n_layer=3', words=['n_layer=3', 'n_layer=2'])
-    refused('train.py', *TINY, '--init_from=resume', '--optimizer=muon', words=['optimizer=muon'])
+    resume = [*TINY, '--init_from=resume']
+    refused('train.py', *resume, '--n_layer=3', words=['n_layer=3', 'n_layer=2'])
+    refused('train.py', *resume, '--optimizer=muon', words=['optimizer=muon'])
 
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04' + b'\0' * 100])
-def test_damaged_checkpoint(mini, refused, content):
+def test_a_damaged_checkpoint_is_refused(mini, refused, content):
     os.makedirs('out')
-    (mini / 'out/last.pt').write_bytes(content)
-    refused('train.py', *TINY, '--init_from=resume', words=['out/last.pt', 'damaged'])
-    refused('sample.py', '--checkpoint=out/last.pt', '--device=cpu', words=['out/last.pt', 'damaged'])
+    Path('out/last.pt').write_bytes(content)
+    words = ['out/last.pt', 'damaged']
+    refused('train.py', *TINY, '--init_from=resume', words=words)
+    refused('sample.py', '--checkpoint=out/last.pt', '--device=cpu', words=words)
 
 
-def test_loss_that_is_not_finite(mini, script, refused):
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(mini, script, refused):
     script('train.py', *TINY)
-    before = open('out/last.pt', 'rb').read(), open('out/best.pt', 'rb').read()
-    refused('train.py', *TINY, '--init_from=resume', '--max_iters=200', '--learning_rate=1e18', '--decay_lr=False', '--grad_clip=0',
-            '--eval_interval=1000', '--norm=pre', words=['no longer finite', 'learning rate', 'gradient norm', '--learning_rate'])
-    assert before == (open('out/last.pt', 'rb').read(), open('out/best.pt', 'rb').read())
+    last = Path('out/last.pt').read_bytes()
+    best = Path('out/best.pt').read_bytes()
+    explode = flags(init_from='resume', max_iters=200, learning_rate=1e18, decay_lr=False,
+                    grad_clip=0, eval_interval=1000, norm='pre')
+    words = ['no longer finite', 'learning rate', 'gradient norm', '--learning_rate']
+    refused('train.py', *TINY, *explode, words=words)
+    assert Path('out/last.pt').read_bytes() == last
+    assert Path('out/best.pt').read_bytes() == best
 
 
-def test_compile_without_a_compiler(mini, monkeypatch, capfd):
-    """auto says so and goes on eagerly; asked for by name, it is an error."""
-    def broken(*args, **kwargs):
+@pytest.mark.pictures
+@pytest.mark.parametrize('position, value, plotted', [
+    pytest.param(2, 'edited', False, id='a word as a loss'),
+    pytest.param(0, '\u00b2', True, id='a superscript as a step'),
+    pytest.param(0, '9' * 5000, True, id='a step of 5,000 digits'),
+    pytest.param(1, '9' * 400, False, id='a number of tokens above all floats'),
+    pytest.param(3, '"' + 'x' * 200_000, True, id='an open quote'),
+])
+def test_an_edited_log_does_not_stop_a_run(mini, script, position, value, plotted):
+    script('train.py', *TINY, '--max_iters=5')
+    log = Path('out/log.csv')
+    lines = log.read_text().splitlines()
+    cells = lines[2].split(',')
+    cells[position] = value
+    lines[2] = ','.join(cells)
+    log.write_text('\n'.join(lines) + '\n')
+    result = script('train.py', *TINY, '--init_from=resume')
+    assert result.code == 0, result.err
+    assert not os.path.exists('out/log.csv.part')
+    assert ('no out/loss.png from' not in result.err) == plotted
+
+
+# ---- compilation ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Make every compiled function fail as on a machine without a C++ compiler."""
+    def fail(*args, **kwargs):
         raise RuntimeError('InvalidCxxCompiler: No working C++ compiler found\nand more')
-    monkeypatch.setattr(torch, 'compile', lambda f: broken)
+    monkeypatch.setattr(torch, 'compile', lambda f: fail)
+    monkeypatch.setattr(torch, 'ones', lambda *args, **kwargs: None)   # no GPU is needed
     monkeypatch.setattr('platform.system', lambda: 'Linux')
-    monkeypatch.setattr(torch, 'ones', lambda *args, **kwargs: None)
-    assert runtime.find_compile('auto', 'cuda') == (
-        False, ' (torch.compile does not work here: InvalidCxxCompiler: No working C++ compiler found)')
-    assert runtime.find_compile('auto', 'cpu') == (False, '') and runtime.find_compile(False, 'cuda') == (False, '')
-    with pytest.raises(SystemExit) as stop:
-        runtime.find_compile(True, 'cpu')
-    assert stop.value.code == 2 and 'type --compile=False' in capfd.readouterr().err
 
 
-def test_compile_asked_for_with_no_compiler_in_reach(mini, process):
-    done = process('train.py', *TINY, '--compile=True', env={'CXX': '/bin/false', 'TORCHINDUCTOR_CACHE_DIR': str(mini / 'cache')})
-    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'type --compile=False' in done.stderr
-    assert [line.startswith('error: ') for line in done.stderr.splitlines()] == [True]
+def test_compile_auto_runs_eagerly_without_a_compiler(no_compiler):
+    reason = 'InvalidCxxCompiler: No working C++ compiler found'
+    note = f' (torch.compile does not work here: {reason})'
+    assert runtime.find_compile('auto', 'cuda') == (False, note)
+    assert runtime.find_compile('auto', 'cpu') == (False, '')
+    assert runtime.find_compile(False, 'cuda') == (False, '')
 
 
-def test_compiled_code_is_kept_for_each_kind_of_processor(monkeypatch, folder):
-    """Code that was compiled for one kind is not found on another, where it would compute something else."""
+def test_compile_by_name_is_refused_without_a_compiler(mini, process):
+    nothing = dict(CXX='/bin/false', TORCHINDUCTOR_CACHE_DIR=str(mini / 'cache'))
+    done = process('train.py', *TINY, '--compile=True', env=nothing)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ')
+    assert done.stderr.count('\n') == 1
+    assert 'type --compile=False' in done.stderr
+
+
+def test_compiled_code_has_a_folder_for_each_kind_of_processor(monkeypatch, folder):
+    """Code that was compiled for one kind would compute other results on another."""
     monkeypatch.setattr(torch, 'compile', lambda f: f)
     monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
     folders = set()
@@ -553,254 +1010,94 @@ def test_compiled_code_is_kept_for_each_kind_of_processor(monkeypatch, folder):
         monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
         assert runtime.find_compile(True, 'cpu') == (True, '')
         folders.add(os.environ['TORCHINDUCTOR_CACHE_DIR'])
-    assert len(folders) == 2 and all(path.startswith(str(folder)) and os.path.isdir(path) for path in folders)
+    assert len(folders) == 2
+    for path in folders:
+        assert path.startswith(str(folder))
+        assert os.path.isdir(path)
 
 
-# ---- the machine ---------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 @pytest.mark.processor
 def test_dtype_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: True)
     assert runtime.find_dtype('auto', 'cpu') == 'bfloat16'
     monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: False)
-    assert runtime.find_dtype('auto', 'cpu') == runtime.find_dtype('auto', 'mps') == 'float32'
-    for capability, expected in (((7, 5), 'float16'), ((8, 0), 'bfloat16'), ((9, 0), 'bfloat16')):
+    assert runtime.find_dtype('auto', 'cpu') == 'float32'
+    assert runtime.find_dtype('auto', 'mps') == 'float32'
+    expected = {(7, 5): 'float16', (8, 0): 'bfloat16', (9, 0): 'bfloat16'}
+    for capability, dtype in expected.items():
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)
-        assert runtime.find_dtype('auto', 'cuda:0') == expected
+        assert runtime.find_dtype('auto', 'cuda:0') == dtype
 
 
-def test_mps_is_taken_only_where_it_computes_right(monkeypatch, capfd):
+@pytest.fixture
+def with_mps(monkeypatch):
+    """Let torch report that the machine has Apple's GPU."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert runtime.find_device('auto') == 'cpu'   # nothing is computed there at all
-    assert 'mps' in capfd.readouterr().err and runtime.find_device('mps') == 'mps'
-    monkeypatch.setattr(runtime, 'computes_right', lambda device, its=runtime.computes_right: its('cpu'))
+
+
+def test_mps_that_fails_is_taken_only_by_name(with_mps, capfd):
+    """This machine has no such GPU: the probe fails."""
+    assert runtime.find_device('auto') == 'cpu'
+    assert 'mps' in capfd.readouterr().err
+    assert runtime.find_device('mps') == 'mps'
+
+
+def test_mps_is_taken_only_where_it_computes_correctly(with_mps, monkeypatch):
+    """The probe runs on the CPU here, once as it is, once with a second result that is 1 % off."""
+    computes_right = runtime.computes_right
+    monkeypatch.setattr(runtime, 'computes_right', lambda device: computes_right('cpu'))
     assert runtime.find_device('auto') == 'mps'
-    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def wrong_the_second_time(q, k, v, is_causal):
         calls.append(1)
-        return attend(q, k, v, is_causal=is_causal) * (1.01 if len(calls) == 2 else 1)
+        result = attend(q, k, v, is_causal=is_causal)
+        if len(calls) == 2:
+            result = 1.01 * result
+        return result
     monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', wrong_the_second_time)
-    assert runtime.find_device('auto') == 'cpu' and len(calls) == 2
+    assert runtime.find_device('auto') == 'cpu'
+    assert len(calls) == 2
 
 
 @pytest.mark.processor
-def test_processor_is_read():
-    """bf16 in hardware is what /proc/cpuinfo lists, unless torch was told to treat the processor as an older one."""
+def test_bf16_in_hardware_is_what_cpuinfo_lists():
+    """ATEN_CPU_CAPABILITY can tell torch to treat the processor as an older one."""
     if not os.path.exists('/proc/cpuinfo'):
         pytest.skip('no /proc/cpuinfo to compare with')
-    words = open('/proc/cpuinfo').read().split()
-    told_older = os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2')
-    assert runtime.cpu_has_bf16() == (not told_older and ('avx512_bf16' in words or 'amx_tile' in words))
+    words = Path('/proc/cpuinfo').read_text().split()
+    listed = 'avx512_bf16' in words or 'amx_tile' in words
+    treated_as_older = os.environ.get('ATEN_CPU_CAPABILITY') in ('default', 'avx2')
+    assert runtime.cpu_has_bf16() == (listed and not treated_as_older)
 
 
 @pytest.mark.processor
-def test_a_processor_with_avx2_alone_has_no_bf16():
-    """In a process that torch is told to run as on such a processor, the precision of a run is fp32."""
-    ask = 'from lib import runtime; print(runtime.cpu_has_bf16(), runtime.find_dtype("auto", "cpu"))'
-    done = subprocess.run([sys.executable, '-c', ask], env={**os.environ, 'ATEN_CPU_CAPABILITY': 'avx2'}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+def test_a_processor_with_avx2_alone_trains_in_fp32():
+    ask = ('from lib import runtime; '
+           'print(runtime.cpu_has_bf16(), runtime.find_dtype("auto", "cpu"))')
+    done = subprocess.run([sys.executable, '-c', ask], cwd=ROOT, timeout=60, text=True,
+                          capture_output=True, env={**os.environ, 'ATEN_CPU_CAPABILITY': 'avx2'})
     assert done.stdout == 'False float32\n', done.stderr
 
 
-def test_mfu_is_of_a_known_peak_only(monkeypatch):
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('Tesla T4', 65e12),
+    ('NVIDIA T400', None),
+    ('NVIDIA L4', 121e12),
+    ('NVIDIA L40', None),
+    ('NVIDIA L40S', 362e12),
+    ('NVIDIA A10G', 70e12),
+    ('NVIDIA RTX A1000', None),
+    ('NVIDIA GeForce GTX 1080', None),
+    ('NVIDIA GeForce RTX 4090', 165e12),
+])
+def test_peak_flops_are_known_or_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert runtime.peak_flops('cuda') == peak
     assert runtime.peak_flops('cpu') is None
-    for name, peak in (('NVIDIA H200', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('Tesla T4', 65e12), ('NVIDIA L4', 121e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce GTX 1080', None), ('NVIDIA L40', None), ('NVIDIA T400', None),
-                       ('NVIDIA RTX A1000', None), ('NVIDIA GeForce RTX 4090', 165e12)):
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, n=name: n)
-        assert runtime.peak_flops('cuda') == peak
-
-
-# ---- what fresh eyes found -----------------------------------------------------------------------------------------
-
-def test_prepare_never_costs_real_data(mini, refused, monkeypatch):
-    """A dataset that is missing is not made by another one's prepare, and a stand-in never replaces what is there."""
-    monkeypatch.setattr('time.sleep', lambda s: None)
-    os.rename('data/mini', 'data/shakespeare_char')
-    before = open('data/shakespeare_char/meta.json').read()
-    refused('train.py', *TINY, '--dataset=shakespeare', '--prepare=prepare_shakespeare.py --tokenizer=char', words=['makes shakespeare_char'])
-    refused('prepare_shakespeare.py', '--url=http://127.0.0.1:9/x', '--stand_in')
-    assert open('data/shakespeare_char/meta.json').read() == before
-    for prepare in ("'", ' ', 'nofile.py'):
-        refused('train.py', *TINY, '--dataset=nope', f'--prepare={prepare}', words=['--prepare='])
-
-
-@pytest.mark.parametrize('name', ['other', 'mini'])
-def test_resumed_on_another_text_the_best_loss_begins_anew(mini, script, name):
-    """Of another name, or the same name prepared anew: best.pt of the first text is kept under another name."""
-    from lib.prepare import write_dataset
-    from lib.tokenizers import CharTokenizer
-    script('train.py', *TINY)
-    before = Path('out/best.pt').read_bytes()
-    tokenizer = CharTokenizer(TEXT)
-    harder = ''.join(random.Random(0).choices(tokenizer.chars, k=3000))   # its loss stays above that of TEXT
-    write_dataset(f'data/{name}', {split: [(tokenizer.encode(harder), len(harder))] for split in ('train', 'val')},
-                  tokenizer, dict(name=name, url=None, sha256='', stand_in=False))
-    result = script('train.py', '--init_from=resume', f'--dataset={name}', '--max_iters=20', '--device=cpu')
-    assert result.code == 0 and 'another text' in result.err and 'best-earlier-1.pt' in result.err, result.err
-    assert Path('out/best-earlier-1.pt').read_bytes() == before
-    best = checkpoint.load('out/best.pt')
-    assert best['iter_num'] >= 10 and best['data']['name'] == name
-    again = script('train.py', '--init_from=resume', '--max_iters=22', '--device=cpu')
-    assert again.code == 0 and 'another text' not in again.err
-
-
-def test_resume_on_another_vocabulary(mini, script, refused):
-    from lib.prepare import write_dataset
-    from lib.tokenizers import CharTokenizer
-    script('train.py', *TINY, '--max_iters=2')
-    text = '0123456789abcdef' * 50
-    tokenizer = CharTokenizer(text)
-    write_dataset('data/other', {split: [(tokenizer.encode(text), len(text))] for split in ('train', 'val')}, tokenizer,
-                  dict(name='other', url=None, sha256='', stand_in=False))
-    before = open('out/last.pt', 'rb').read()
-    refused('train.py', *TINY, '--init_from=resume', '--dataset=other', words=['another tokenizer', '--dataset'])
-    assert open('out/last.pt', 'rb').read() == before
-
-
-def test_characters_that_a_model_lacks_are_named(mini, script, refused):
-    """The first 20 of them, and how many there are; or that they are only numbered differently."""
-    from lib.prepare import write_dataset
-    from lib.tokenizers import CharTokenizer
-    assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
-    greek = ''.join(map(chr, range(0x3b1, 0x3ca)))
-    texts = dict(accents='was für ein Ärger', greek=f'the miller {greek}', fewer='the miller said')
-    for name, text in texts.items():
-        tokenizer = CharTokenizer(text)
-        splits = {split: [(tokenizer.encode(text * 50), len(text))] for split in ('train', 'val')}
-        source = dict(name=name, url=None, sha256='', stand_in=False)
-        write_dataset(f'data/{name}', splits, tokenizer, source)
-    advice = ['--dataset=NAME', 'python prepare_text.py --input=FILE --name=NAME ',
-              "--tokenizer='FROM:o p/last.pt'"]
-    flags = [*TINY, '--out_dir=o p', '--init_from=resume']
-    words = ['o p/last.pt', 'data/accents', "lacks 4 of its characters: 'g', 'n', 'Ä', 'ü';"] + advice
-    refused('train.py', *flags, '--dataset=accents', words=words)
-    words = ["lacks 25 of its characters: 'α', ", "'τ', ...;", *advice]
-    line = refused('train.py', *flags, '--dataset=greek', words=words)
-    assert "'υ'" not in line
-    words = ['numbers them differently', *advice]
-    line = refused('train.py', *flags, '--dataset=fewer', words=words)
-    assert 'lacks' not in line
-
-
-@pytest.mark.parametrize('state', [3, ['char'], dict(chars='abc'), dict(kind='char'), dict(kind=['char']),
-                                   dict(kind='char', chars=7)])
-def test_a_tokenizer_that_says_nothing_is_another(mini, trained, refused, state):
-    os.mkdir('out')
-    loaded = checkpoint.load(str(trained / 'last.pt'))
-    checkpoint.save('out/last.pt', loaded | dict(tokenizer=state))
-    words = ['another tokenizer', '--dataset=NAME']
-    line = refused('train.py', '--init_from=resume', '--device=cpu', words=words)
-    assert 'FROM:' not in line   # there is nothing to take from it
-
-
-def test_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
-    script('train.py', *TINY, '--max_iters=2')
-    meta = json.load(open('data/mini/meta.json'))
-    del meta['splits']['val']
-    json.dump(meta, open('data/mini/meta.json', 'w'))
-    with open('data/mini/val.bin', 'r+b') as f:
-        f.truncate(2)
-    refused('train.py', *TINY, words=['val', 'use more text'])
-    assert not os.path.exists('out/earlier-1')
-
-
-def test_resume_keeps_dtype_and_data_dir(mini, script):
-    os.rename('data', 'elsewhere')
-    script('train.py', *TINY, '--max_iters=2', '--data_dir=elsewhere')
-    result = script('train.py', '--init_from=resume', '--max_iters=4', '--device=cpu')
-    assert result.code == 0 and 'dtype float32' in result.err
-
-
-@pytest.mark.parametrize('flags, words', [(['--compile=0'], ['compile=0', 'True, False']), (['--compile=1'], ['compile=1'])])
-def test_compile_is_no_number(mini, refused, flags, words):
-    refused('train.py', *TINY, *flags, words=words)
-
-
-def test_padded_vocabulary_samples_while_training(mini, script):
-    """A nanoGPT checkpoint has more rows than its tokenizer has symbols."""
-    script('train.py', *TINY, '--max_iters=2')
-    loaded = checkpoint.load('out/last.pt')
-    wte = loaded['model']['transformer.wte.weight']
-    loaded['model_args']['vocab_size'] += 9
-    for name in ('transformer.wte.weight', 'lm_head.weight'):
-        loaded['model'][name] = torch.cat((wte, 40 * wte[:9]))
-    for tensors in loaded['optimizer'][0]['state'].values():
-        for key, value in tensors.items():
-            if value.shape == wte.shape:
-                tensors[key] = torch.cat((value, value[:9]))
-    loaded['best_val_loss'] = torch.tensor(loaded['best_val_loss'])
-    checkpoint.save('out/last.pt', loaded)
-    assert script('train.py', *TINY, '--init_from=resume', '--max_iters=4', '--sample_interval=1').code == 0
-
-
-@pytest.mark.pictures
-@pytest.mark.parametrize('column, value', [(2, 'edited'), (0, '\u00b2'), (0, '9' * 5000), (1, '9' * 400), (3, '"' + 'x' * 200_000)])
-def test_edited_log_does_not_stop_a_run(mini, script, column, value):
-    script('train.py', *TINY, '--max_iters=5')
-    lines = open('out/log.csv').read().splitlines()
-    cells = lines[2].split(',')
-    cells[column] = value
-    lines[2] = ','.join(cells)
-    open('out/log.csv', 'w').write('\n'.join(lines) + '\n')
-    result = script('train.py', *TINY, '--init_from=resume')
-    assert result.code == 0 and not os.path.exists('out/log.csv.part'), result.err
-    assert ('no out/loss.png from' in result.err) == (column in (1, 2))
-
-
-@pytest.mark.processor
-@pytest.mark.pictures   # the training time must leave out drawing
-def test_target_loss(mini, script):
-    """The run ends at the first evaluation below the target on the whole split, says its seconds, and leaves its weights."""
-    result = script('train.py', *TINY, '--max_iters=60', '--eval_interval=20', '--lr_decay_iters=60', '--target_loss=2.9')
-    reached = re.search(r'reached target_loss=2.9 after (20|40) steps: ([\d.]+) s of training, evaluations excluded; ([\d.]+) s',
-                        result.err)
-    assert result.code == 0 and reached and 0 < float(reached[2]) <= float(reached[3])
-    rows = read_log('out/log.csv')
-    assert rows[-1]['iter'] == reached[1] and float(rows[-1]['val_loss']) < 2.9
-    assert float(rows[-1]['seconds']) == pytest.approx(float(reached[2]), abs=0.051)
-    evaluated = json.loads(script('evaluate.py', '--device=cpu', '--dtype=float32', '--json=-').out)
-    assert evaluated['nats_per_token'] == pytest.approx(float(rows[-1]['val_loss']), abs=1e-5)
-    missed = script('train.py', *TINY, '--max_iters=2', '--target_loss=0.001')
-    assert missed.code == 0 and 'target_loss=0.001 was not reached in max_iters=2' in missed.err
-
-
-def test_cooldown(mini, script):
-    """Warm-up, the peak, then a straight line to min_lr over the last half."""
-    script('train.py', *TINY, '--max_iters=20', '--lr_decay_iters=20', '--warmup_iters=4', '--cooldown=0.5', '--min_lr=1e-3')
-    rates = [float(row['lr']) for row in read_log('out/log.csv') if row['lr']]
-    expected = [1e-2 * (i + 1) / 5 for i in range(4)] + [1e-2] * 6 + [1e-2 - 9e-3 * i / 10 for i in range(10)]
-    assert rates == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_cooldown_needs_a_decay(mini, refused):
-    refused('train.py', *TINY, '--cooldown=0.5', '--decay_lr=False', words=['cooldown=0.5', 'decay_lr=True', '--cooldown=0'])
-
-
-def test_zero_init(mini, script):
-    """Branches and an untied head start at 0, so that the first loss is that of the uniform distribution; a tied head is GPT-2's."""
-    script('train.py', *TINY, '--zero_init', '--tie_weights=False', '--max_iters=0')
-    start = weights('out/last.pt')
-    zeros = {name for name, p in start.items() if p.dim() == 2 and not p.any()}
-    assert zeros == {'lm_head.weight', *(f'transformer.h.{i}.{part}.c_proj.weight' for i in (0, 1) for part in ('attn', 'mlp'))}
-    vocab_size = len(start['lm_head.weight'])
-    assert float(read_log('out/log.csv')[-1]['val_loss']) == pytest.approx(math.log(vocab_size), abs=1e-5)
-    script('train.py', *TINY, '--zero_init', '--max_iters=0', '--out_dir=tied')
-    assert weights('tied/last.pt')['lm_head.weight'].any()
-
-
-def test_large_vocabularies_are_padded(script, folder):
-    """To a multiple of 64, as nanoGPT's 50,304; sampling never draws the padding."""
-    (folder / 'data' / 'wide').mkdir(parents=True)
-    chars = ''.join(sorted({chr(0x4e00 + i) for i in range(5000)}))
-    tokens = torch.randint(5000, (400,), generator=torch.Generator().manual_seed(0)).numpy().astype('<u2')
-    for split in ('train', 'val'):
-        tokens.tofile(f'data/wide/{split}.bin')
-    (folder / 'data' / 'wide' / 'meta.json').write_text(json.dumps(
-        dict(tokenizer=dict(kind='char', chars=chars), dtype='uint16', splits={}, source={})))
-    assert script('train.py', *TINY, '--dataset=wide', '--max_iters=2').code == 0
-    assert weights('out/last.pt')['lm_head.weight'].shape == (5056, 16)
-    text = script('sample.py', '--device=cpu', '--temperature=50', '--max_new_tokens=300', '--start=' + chars[0]).out
-    assert set(text.rstrip('\n')) <= set(chars)
