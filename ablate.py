@@ -35,10 +35,10 @@ import torch
 from scipy import stats
 
 from lib import plots
-from lib.checkpoint import read_log
 from lib.configurator import check, configure, ending_signals
 from lib.console import fail, say, write
 from lib.data import Dataset, how_to_make, open_dataset
+from lib.run_folder import read_log
 from lib.runtime import clock, find_device, lock
 from lib.tokenizers import token_sizes
 

@@ -41,11 +41,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib import inside, plots
-from lib.checkpoint import Symbols, check_symbols, open_model
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, read_prompt, say, write
 from lib.data import open_first, with_split
 from lib.runtime import find_device, set_up
+from lib.starting import Symbols, check_symbols, open_model
 
 init_from = 'resume'     # 'resume' for the run in out_dir, 'gpt2' or another hub name, or a folder
 out_dir = 'out'          # folder of the run

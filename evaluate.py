@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from lib import decoding, runtime
-from lib.checkpoint import Symbols, check_symbols, open_model
 from lib.configurator import check, configure
 from lib.console import fail, say, write
 from lib.data import evaluation_batches, first_with, open_first
 from lib.evaluation import mean_loss, perplexity
+from lib.starting import Symbols, check_symbols, open_model
 from lib.tokenizers import token_sizes
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', a hub name, or a folder

@@ -20,9 +20,9 @@ import tempfile
 
 import lib.early  # noqa: F401  # before NumPy and torch
 
-from lib.checkpoint import open_model
 from lib.configurator import configure, exit_on_signals
 from lib.console import fail, say
+from lib.starting import open_model
 from lib.tokenizers import hf_tokenizer_files
 
 to = ''               # the folder to write; it must be new or empty

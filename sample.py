@@ -16,10 +16,10 @@ import lib.early  # noqa: F401  # before NumPy and torch
 import torch
 
 from lib import decoding, runtime
-from lib.checkpoint import open_model
 from lib.configurator import check, configure
 from lib.console import as_typed, fail, read_prompt, say, write
 from lib.data import with_split
+from lib.starting import open_model
 from model import GPT, Sampling, chances
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', a hub name, or a folder

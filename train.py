@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lib import checkpoint, fast, plots, runtime
+from lib import checkpoint, fast, plots, run_folder, runtime, starting
 from lib.configurator import check, configure
 from lib.console import fail, say
 from lib.data import Dataset, TrainingWindows, evaluation_batches
@@ -103,7 +103,7 @@ rank, ranks, device = runtime.join_ranks(backend, device)
 signals = runtime.Signals()   # from here on a signal finishes the step and saves
 
 # ---- checks: everything a user may have mistyped, before anything is written ---------------------
-start = checkpoint.starting_point(knobs, given)
+start = starting.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # a resumed run's or a pretrained model's settings
 check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0,
       checkpoint_interval=0, checkpoint_minutes=0, seed=0, gradient_accumulation_steps=1,
@@ -117,7 +117,7 @@ if cooldown and not decay_lr:
 if shard and optimizer == 'muon':
     fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; '
          'type --optimizer=adamw')
-config = checkpoint.shape(knobs)
+config = starting.shape(knobs)
 runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
 if gradient_accumulation_steps % ranks:
     nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
@@ -133,19 +133,19 @@ if caught:
 data = Dataset(dataset, data_dir)
 if data.stand_in_banner():
     say(data.stand_in_banner())
-checkpoint.check_symbols(data, start.path, start.symbols)
-other_text = start.resumed is not None and checkpoint.is_other_text(start.resumed, data)
+starting.check_symbols(data, start.path, start.symbols)
+other_text = start.resumed is not None and starting.is_other_text(start.resumed, data)
 windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now if there is nothing to evaluate
 
 dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
 if not eval_only:
-    checkpoint.open_folder(out_dir, rank)
+    run_folder.open_folder(out_dir, rank)
 
 # ---- model and optimizers ------------------------------------------------------------------------
 torch.manual_seed(seed)
 if start.resumed:
-    settings = {key: knobs[key] for key in checkpoint.TRAINING}
+    settings = {key: knobs[key] for key in starting.TRAINING}
     model = checkpoint.build_model(start.resumed, start.path, **settings)
 elif start.pretrained:
     model = start.pretrained
@@ -213,7 +213,7 @@ class Progress:
 
 now = Progress(saved_at=time.monotonic(), drawn_at=time.monotonic())
 last_path = os.path.join(out_dir, 'last.pt')
-resume_flag = '--init_from=resume' + checkpoint.flag(out_dir)
+resume_flag = '--init_from=resume' + run_folder.flag(out_dir)
 if start.resumed:
     now.step = now.logged_step = start.resumed['iter_num']
     now.seconds = now.logged_seconds = start.resumed['seconds']
@@ -451,7 +451,7 @@ if eval_only:
     say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
     runtime.leave(0)
 
-log = checkpoint.RunLog(out_dir)
+log = run_folder.RunLog(out_dir)
 if rank == 0:
     facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
     log.begin(now.step if init_from == 'resume' else None, knobs, facts)
@@ -459,7 +459,7 @@ if rank == 0:
     if other_text:
         say(f'note: {start.path} was trained on another text than {data.folder}: '
             f'the best loss begins anew')
-        earlier = checkpoint.set_best_aside(out_dir)
+        earlier = run_folder.set_best_aside(out_dir)
         if earlier:
             say(f'note: the best.pt of that text is now {earlier}')
 
@@ -507,7 +507,7 @@ log.end()
 if last:
     say(f'done: {now.step:,} steps in {runtime.clock(now.seconds)} and '
         f'{runtime.peak_memory(device):,.0f} MB; val loss {now.val_loss:.4f} nats per token on the '
-        f'whole split; type python sample.py{checkpoint.flag(out_dir)}')
+        f'whole split; type python sample.py{run_folder.flag(out_dir)}')
 if not now.saved:
     advice = 'type --out_dir=FOLDER for another place'
     if os.path.exists(last_path):

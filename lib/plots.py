@@ -8,8 +8,8 @@ import math
 import re
 import warnings
 
-from lib.checkpoint import read_log
 from lib.console import say
+from lib.run_folder import read_log
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def test_the_interval_is_students(analyze, run):
     from scipy import stats
 
     from lib import inside
-    from lib.checkpoint import open_model
+    from lib.starting import open_model
     analyze('--windows=4')
     row = rows_of('out/analysis/head_ablation.csv')[2]
     assert (row['layer'], row['head']) == ('1', '0')

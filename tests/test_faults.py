@@ -26,7 +26,7 @@ import torch
 from conftest import PYTHON, ROOT, TINY, read_log, same_weights, without_times
 
 import model
-from lib import checkpoint, prepare
+from lib import checkpoint, prepare, run_folder
 from lib.prepare import unzip
 
 TRAIN = str(ROOT / 'train.py')
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_earlier_run_where_it_is(mini, script, refused, m
 
     def full(*args, **options):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(checkpoint.json, 'dump', full)
+    monkeypatch.setattr(run_folder.json, 'dump', full)
     refused('train.py', *TINY, words=['out cannot be written', 'No space left on device'])
     assert sorted(os.listdir('out')) == before
 

@@ -348,7 +348,7 @@ def test_a_name_that_does_not_exist_is_refused(mini, refused, offline, program):
 ])
 def test_a_misspelt_name_is_corrected(mini, refused, monkeypatch, program, flags):
     """The error is one short line, and the hub is not asked."""
-    monkeypatch.setattr('lib.checkpoint.fetch_pretrained', None)
+    monkeypatch.setattr('lib.starting.fetch_pretrained', None)
     misspelt = {'resum': 'resume', 'distillgpt2': 'distilgpt2', 'gpt2-larg': 'gpt2-large'}
     for typed, meant in misspelt.items():
         words = [typed, f'did you mean {meant}?', f'type --init_from={meant}']
@@ -357,7 +357,7 @@ def test_a_misspelt_name_is_corrected(mini, refused, monkeypatch, program, flags
 
 
 def test_a_misspelt_scratch_is_corrected(mini, refused, monkeypatch):
-    monkeypatch.setattr('lib.checkpoint.fetch_pretrained', None)
+    monkeypatch.setattr('lib.starting.fetch_pretrained', None)
     refused('train.py', '--init_from=scrach', words=['type --init_from=scratch'])
 
 

@@ -166,7 +166,7 @@ def write_false_enwik8(kind):
         write_zip('b', 'enwik8', os.urandom(10_000))
         Path('a').write_bytes(Path('b').read_bytes()[:5000])
     elif kind == 'cut gzip':
-        Path('a.gz').write_bytes(gzip.compress(os.urandom(10_000))[:-20])
+        Path('a.gz').write_bytes(gzip.compress(os.urandom(10_000), mtime=0)[:-20])
         return 'a.gz'
     elif kind == 'folder':
         os.mkdir('a folder')
@@ -215,7 +215,7 @@ def write_document_files():
         ending = endings[i % 3]
         raw = text.encode()
         if ending == 'txt.gz':
-            raw = gzip.compress(raw)
+            raw = gzip.compress(raw, mtime=0)
         Path(folders[i % 2], f'{i:02d}.{ending}').write_bytes(raw)
     Path('in/ignored.bin').write_bytes(b'\xff')
 
@@ -305,7 +305,7 @@ def test_a_dataset_made_anew_replaces_all_shards(folder, script):
     ('a.txt', END_OF_TEXT.encode() * 3, ['no text']),
     ('a.txt', b'x', ['no text']),
     ('a.txt.gz', b'no gzip', ['a.txt.gz']),
-    ('a.txt.gz', gzip.compress(b'x' * 9999)[:-9], ['a.txt.gz']),
+    ('a.txt.gz', gzip.compress(b'x' * 9999, mtime=0)[:-9], ['a.txt.gz']),
     ('a.jsonl', b'{"text": "a"}\n\n{"body": "b"}\n', ['line 3', "'text'", 'body', '--field']),
     ('a.jsonl', b'{"text": "a"}\n{"text": 5}', ['line 2', 'text (a number)', '--field']),
     ('a.jsonl', b'{"text": "a"}\n[1]\n', ['line 2']),
@@ -708,7 +708,7 @@ def test_utf_16_and_utf_32_are_read(folder, script, encoding, ending):
         content = '\ufeff' + content
     raw = content.encode(encoding)
     if ending == 'txt.gz':
-        raw = gzip.compress(raw)
+        raw = gzip.compress(raw, mtime=0)
     Path(f'a.{ending}').write_bytes(raw)
     assert script('prepare_text.py', f'--input=a.{ending}', MINE).code == 0
     assert read_both() == text
@@ -753,7 +753,7 @@ def test_a_json_list_of_texts_and_records_is_read(folder, script, name):
     items = ['a text of its own', dict(text='a record', n=1), dict(text='another ' * 9)]
     raw = json.dumps(items, indent=1).encode()
     if name == 'a.json.gz':
-        raw = gzip.compress(raw)
+        raw = gzip.compress(raw, mtime=0)
     Path(name).write_bytes(raw)
     for pattern in (name, 'a.*'):
         assert script('prepare_text.py', f'--input={pattern}', MINE).code == 0

@@ -9,6 +9,7 @@ from conftest import TEXT
 
 from lib import checkpoint
 from lib.console import as_typed, read_prompt
+from lib.starting import find_tokenizer
 from lib.tokenizers import CharTokenizer
 from model import GPT, GPTConfig
 
@@ -47,7 +48,7 @@ def test_greedy_text_is_the_argmax(sample, trained):
     """Compare with a plain loop over the model's logits, beyond block_size."""
     loaded = checkpoint.load(f'{trained}/best.pt')
     net = checkpoint.build_model(loaded, '').eval()
-    tokenizer = checkpoint.find_tokenizer(loaded, '', net, ['data'])
+    tokenizer = find_tokenizer(loaded, '', net, ['data'])
     ids = tokenizer.encode('so 3 times').tolist()
     with torch.no_grad():
         for _ in range(30):
