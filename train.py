@@ -103,27 +103,33 @@ rank, ranks, device = runtime.join_ranks(backend, device)
 signals = runtime.Signals()   # from here on a signal finishes the step and saves
 
 # ---- checks: everything a user may have mistyped, before anything is written ---------------------
+
+def check_knobs():
+    """Fail for a knob that means nothing, and for knobs that do not go together."""
+    check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0,
+          checkpoint_interval=0, checkpoint_minutes=0, seed=0, gradient_accumulation_steps=1,
+          batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, max_minutes=0,
+          weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0,
+          cooldown=(0, 1), lr_decay_iters=0, optimizer=('adamw', 'muon'))
+    if not (beta1 < 1 and beta2 < 1):
+        fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
+    if cooldown and not decay_lr:
+        fail(f'cooldown={cooldown} needs decay_lr=True; type --cooldown=0, or --decay_lr=True')
+    if shard and optimizer == 'muon':
+        fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; '
+             'type --optimizer=adamw')
+    if gradient_accumulation_steps % ranks:
+        nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
+        fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by '
+             f'{ranks} ranks; it counts the micro-steps of all ranks together; '
+             f'type --gradient_accumulation_steps={nearest}')
+
+
 start = starting.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # a resumed run's or a pretrained model's settings
-check(knobs, eval_interval=1, eval_iters=1, log_interval=1, sample_interval=0,
-      checkpoint_interval=0, checkpoint_minutes=0, seed=0, gradient_accumulation_steps=1,
-      batch_size=1, learning_rate=0, muon_learning_rate=0, max_iters=0, max_minutes=0,
-      weight_decay=0, beta1=0, beta2=0, grad_clip=0, warmup_iters=0, min_lr=0, target_loss=0,
-      cooldown=(0, 1), lr_decay_iters=0, optimizer=('adamw', 'muon'))
-if not (beta1 < 1 and beta2 < 1):
-    fail(f'beta1={beta1}, beta2={beta2}: both must be below 1; type --beta1=0.9 --beta2=0.95')
-if cooldown and not decay_lr:
-    fail(f'cooldown={cooldown} needs decay_lr=True; type --cooldown=0, or --decay_lr=True')
-if shard and optimizer == 'muon':
-    fail('shard=True splits the matrices that Muon needs whole; allowed with it is adamw; '
-         'type --optimizer=adamw')
+check_knobs()
 config = starting.shape(knobs)
 runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
-if gradient_accumulation_steps % ranks:
-    nearest = max(ranks, round(gradient_accumulation_steps / ranks) * ranks)
-    fail(f'gradient_accumulation_steps={gradient_accumulation_steps} does not divide by {ranks} '
-         f'ranks; it counts the micro-steps of all ranks together; '
-         f'type --gradient_accumulation_steps={nearest}')
 
 # ---- data ----------------------------------------------------------------------------------------
 prepare_missing(dataset, data_dir, prepare)
