@@ -1,4 +1,4 @@
-"""evaluate.py: every target once, whatever the batch and the ranks. pytest tests/test_evaluate.py"""
+"""evaluate.py: every target counts once, and its data is found. pytest tests/test_evaluate.py"""
 import json
 import math
 import os
@@ -10,158 +10,274 @@ import numpy as np
 import pytest
 import torch
 from conftest import rewrite
+from torch.nn import functional as F
 
 from lib import checkpoint
 from lib.data import Dataset
 from lib.prepare import write_dataset
-from lib.tokenizers import CharTokenizer, GPT2Tokenizer, token_sizes
+from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, token_sizes
 from model import GPT, GPTConfig
+
+KEYS = [
+    'split',
+    'tokens',
+    'bytes',
+    'nats_per_token',
+    'perplexity',
+    'bits_per_byte',
+    'bits_per_char',
+    'tokens_per_s',
+]
 
 
 @pytest.fixture
 def run(trained, mini):
-    """A working folder with the dataset and a copy of the run."""
+    """Enter a folder with a dataset and a copy of the run trained on it. Return its path."""
     shutil.copytree(trained, 'out')
     return mini
 
 
+@pytest.fixture
+def evaluate(script):
+    """Return a function that runs evaluate.py on the CPU."""
+    def run(*flags):
+        return script('evaluate.py', '--device=cpu', *flags)
+    return run
+
+
+@pytest.fixture
+def refused_evaluation(refused):
+    """Return a function that checks that evaluate.py refuses."""
+    def run(*flags, words):
+        return refused('evaluate.py', '--device=cpu', *flags, words=words)
+    return run
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
 def by_hand(stride):
-    """Sum of nats and number of targets: each target from the window in which it is new, one window at a time."""
-    loaded = checkpoint.load('out/best.pt')
-    model = checkpoint.build_model(loaded, 'best.pt').eval()
-    ids, T = torch.tensor(Dataset('mini').split('val')[0].astype(np.int64)), model.config.block_size
-    nats, scored = 0.0, 0   # scored: targets so far, which are ids[1:]
+    """Return the sum of nats and the number of targets, computed one window at a time.
+
+    Each target counts in the first window that holds it.
+    """
+    model = checkpoint.build_model(checkpoint.load('out/best.pt'), 'best.pt').eval()
+    T = model.config.block_size
+    ids = torch.tensor(Dataset('mini').split('val')[0].astype(np.int64))
+    nats = 0.0
+    scored = 0   # ids[1] to ids[scored] have counted
     for start in range(0, len(ids), stride):
-        x, y = ids[start:start + T], ids[start + 1:start + T + 1]
+        y = ids[start + 1:start + T + 1]
+        x = ids[start:start + len(y)]
         with torch.no_grad():
-            losses = torch.nn.functional.cross_entropy(model(x[None, :len(y)])[0][0], y, reduction='none').double()
-        new = start + len(y) - scored
-        nats, scored = nats + float(losses[len(losses) - new:].sum()), scored + new
+            logits, _ = model(x[None])
+        losses = F.cross_entropy(logits[0], y, reduction='none').double()
+        first_new = scored - start
+        nats += losses[first_new:].sum().item()
+        scored = start + len(y)
         if scored == len(ids) - 1:
             return nats, scored
 
 
 @pytest.mark.processor
 @pytest.mark.parametrize('stride', [16, 15, 7, 1])
-def test_every_target_once(run, script, stride):
+def test_every_target_once(run, evaluate, stride):
     nats, targets = by_hand(stride)
+    flags = ['--json=-']
+    if stride < 16:   # the default stride is block_size, 16
+        flags.append(f'--stride={stride}')
     for batch_size in (1, 5, 10**11):
-        result = script('evaluate.py', '--json=-', '--device=cpu', f'--batch_size={batch_size}', *[f'--stride={stride}'] * (stride < 16))
+        result = evaluate(*flags, f'--batch_size={batch_size}')
         figures = json.loads(result.out)
-        assert list(figures) == 'split tokens bytes nats_per_token perplexity bits_per_byte bits_per_char tokens_per_s'.split()
-        assert figures['tokens'] == targets == figures['bytes'] and figures['split'] == 'val'
+        assert list(figures) == KEYS
+        assert figures['split'] == 'val'
+        assert figures['tokens'] == targets
+        assert figures['bytes'] == targets
         assert figures['nats_per_token'] == pytest.approx(nats / targets, abs=1e-6)
-        assert figures['perplexity'] == pytest.approx(math.exp(nats / targets)) and figures['tokens_per_s'] > 0
-        assert figures['bits_per_byte'] == figures['bits_per_char'] == pytest.approx(nats / targets / math.log(2))
+        assert figures['perplexity'] == pytest.approx(math.exp(nats / targets))
+        bits = nats / targets / math.log(2)
+        assert figures['bits_per_byte'] == pytest.approx(bits)
+        assert figures['bits_per_char'] == figures['bits_per_byte']
+        assert figures['tokens_per_s'] > 0
 
 
 def test_ranks_agree(run, forked):
-    forked(*[[ranks, 'evaluate.py', '--device=cpu', f'--json={ranks}.json', '--stride=5', '--batch_size=3'] for ranks in (1, 2, 3)])
-    one, two, three = (json.load(open(f'{ranks}.json')) for ranks in (1, 2, 3))
-    for other in (two, three):
-        assert other['nats_per_token'] == pytest.approx(one['nats_per_token'], abs=1e-6) and other['tokens'] == one['tokens']
+    flags = ['--device=cpu', '--stride=5', '--batch_size=3']
+    commands = []
+    for ranks in (1, 2, 3):
+        commands.append([ranks, 'evaluate.py', *flags, f'--json={ranks}.json'])
+    forked(*commands)
+    one, *others = [json.loads(Path(f'{ranks}.json').read_text()) for ranks in (1, 2, 3)]
+    for other in others:
+        assert other['nats_per_token'] == pytest.approx(one['nats_per_token'], abs=1e-6)
+        assert other['tokens'] == one['tokens']
+
+
+def test_sizes_of_tokens_in_bytes_and_characters(gpt2_files):
+    bytes_of, chars_of = token_sizes(CharTokenizer('né二🎉'))
+    assert bytes_of.sum() == len('né二🎉'.encode())
+    assert chars_of.sum() == 4
+    text = 'né 二 🎉 ' * 100
+    tokenizer = GPT2Tokenizer()
+    bytes_of, chars_of = token_sizes(tokenizer)
+    ids = tokenizer.encode(text + '<|endoftext|>')   # a special token has no size
+    assert bytes_of[ids].sum() == len(text.encode())
+    assert chars_of[ids].sum() == len(text)
 
 
 @pytest.mark.processor
-def test_bytes_and_characters(trained, folder, script, gpt2_files):
-    """Bits per byte and per character count the text, not the tokens."""
-    text = 'né 二 🎉 ' * 100
-    assert [sizes.sum() for sizes in token_sizes(CharTokenizer('né二🎉'))] == [len('né二🎉'.encode()), 4]
-    by_token, chars = token_sizes(GPT2Tokenizer())
-    ids = GPT2Tokenizer().encode(text + '<|endoftext|>')
-    assert by_token[ids].sum() == len(text.encode()) and chars[ids].sum() == len(text)
-    (folder / 'text.txt').write_text(text)
+def test_bits_per_byte_and_per_character_count_the_text(folder, script, evaluate):
+    """A character of this text takes one to four bytes, and is one token."""
+    (folder / 'text.txt').write_text('né 二 🎉 ' * 100)
     assert script('prepare_text.py', '--input=text.txt', '--name=mine').code == 0
-    tiny = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--max_iters=2', '--eval_iters=1', '--gradient_accumulation_steps=1']
+    tiny = [
+        '--n_layer=1',
+        '--n_head=1',
+        '--n_embd=8',
+        '--block_size=8',
+        '--max_iters=2',
+        '--eval_iters=1',
+        '--gradient_accumulation_steps=1',
+    ]
     assert script('train.py', '--dataset=mine', '--device=cpu', *tiny).code == 0
-    figures = json.loads(script('evaluate.py', '--device=cpu', '--json=-').out)
-    assert figures['tokens'] == 69 and figures['bytes'] == len(('né 二 🎉 ' * 10)[1:].encode())
-    assert figures['bits_per_char'] == pytest.approx(figures['nats_per_token'] / math.log(2))
-    assert figures['bits_per_byte'] == pytest.approx(figures['bits_per_char'] * figures['tokens'] / figures['bytes'])
+    figures = json.loads(evaluate('--json=-').out)
+    val = 'né 二 🎉 ' * 10
+    assert figures['tokens'] == len(val) - 1   # the first token is never a target
+    assert figures['bytes'] == len(val[1:].encode())
+    bits = figures['nats_per_token'] / math.log(2)
+    assert figures['bits_per_char'] == pytest.approx(bits)
+    chars_per_byte = figures['tokens'] / figures['bytes']
+    assert figures['bits_per_byte'] == pytest.approx(bits * chars_per_byte)
 
 
-def test_nothing_is_touched(run, script):
-    before = {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
-    table = script('evaluate.py', '--device=cpu')
-    assert table.code == 0 and table.out.splitlines()[0].split() == ['split', 'val'] and len(table.out.splitlines()) == 8
-    assert {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()} == before
-    script('evaluate.py', '--device=cpu', '--json=out.json', '--split=train')
-    assert json.load(open('out.json'))['split'] == 'train'
+def test_evaluating_changes_no_file(run, evaluate):
+    def files():
+        return {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+
+    before = files()
+    result = evaluate()
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert len(lines) == len(KEYS)
+    assert lines[0].split() == ['split', 'val']
+    assert files() == before
 
 
-def test_refusals(run, refused):
-    for flags, words in ((['--split=test'], ['no test.bin', 'it has val, train']), (['--split=dev'], ['train, val, test']), (['--stride=0'], ['stride=0']),
-                         (['--stride=17'], ['block_size=16']), (['--stride=2.5'], ['stride']), (['--batch_size=0'], ['batch_size=0']),
-                         (['--dataset=nope'], ['data/nope']), (['--dataset=../mini'], ['not a name']), (['--json=no/where.json'], ['no/where.json']),
-                         (['--out_dir=none'], ['none/best.pt']), (['--checkpoint=none.pt'], ['none.pt'])):
-        refused('evaluate.py', '--device=cpu', *flags, words=words)
-    tokenizer = CharTokenizer('abc')
-    write_dataset('data/other', dict(val=[(tokenizer.encode('abc' * 9), 27)]), tokenizer, dict(name='', url=None, sha256='', stand_in=False))
-    refused('evaluate.py', '--device=cpu', '--dataset=other', words=['another tokenizer'])
+def test_json_may_go_to_a_file(run, evaluate):
+    assert evaluate('--json=out.json', '--split=train').code == 0
+    assert json.loads(Path('out.json').read_text())['split'] == 'train'
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('flags, words', [
+    (['--split=test'], ['no test.bin', 'it has val, train']),
+    (['--split=dev'], ['train, val, test']),
+    (['--stride=0'], ['stride=0']),
+    (['--stride=17'], ['block_size=16']),
+    (['--stride=2.5'], ['stride']),
+    (['--batch_size=0'], ['batch_size=0']),
+    (['--dataset=nope'], ['data/nope']),
+    (['--dataset=../mini'], ['not a name']),
+    (['--json=no/where.json'], ['no/where.json']),
+    (['--out_dir=none'], ['none/best.pt']),
+    (['--checkpoint=none.pt'], ['none.pt']),
+])
+def test_mistakes(run, refused_evaluation, flags, words):
+    refused_evaluation(*flags, words=words)
     assert not os.path.exists('no')
 
 
-# ---- where the data is ---------------------------------------------------------------------------------------------
+def test_a_dataset_of_another_tokenizer_is_refused(run, refused_evaluation):
+    tokenizer = CharTokenizer('abc')
+    source = dict(name='', url=None, sha256='', stand_in=False)
+    val = [(tokenizer.encode('abc' * 9), 27)]
+    write_dataset('data/other', dict(val=val), tokenizer, source)
+    refused_evaluation('--dataset=other', words=['another tokenizer'])
 
-def test_a_run_knows_its_data_dir(run, script):
+
+# ---- where the data is -------------------------------------------------------------------------
+
+def test_a_run_knows_its_data_dir(run, evaluate):
     os.rename('data', 'elsewhere')
     rewrite('out/best.pt', data_dir=str(run / 'elsewhere'))
-    result = script('evaluate.py', '--device=cpu')
-    assert result.code == 0 and 'val of elsewhere/mini' in result.err, result.err
+    result = evaluate()
+    assert result.code == 0, result.err
+    assert 'val of elsewhere/mini' in result.err
 
 
-@pytest.mark.parametrize('place', ['.', 'out', 'runs'])
-def test_a_run_is_found_from_another_folder(run, script, monkeypatch, place):
-    """Its data lie beside where out_dir was, in the run's folder, or in that folder's parent."""
+def test_data_beside_out_dir_are_found_from_another_folder(run, evaluate, monkeypatch):
     os.mkdir('work')
-    if place == 'runs':
-        rewrite('out/best.pt', out_dir='/gone/long/ago')
-        os.mkdir('runs')
-        os.rename('out', 'runs/out')
-    if place != '.':
-        os.rename('data', f'{place}/data')
     monkeypatch.chdir('work')
-    result = script('evaluate.py', '--device=cpu', f'--out_dir=../{"runs/" * (place == "runs")}out')
-    where = os.path.normpath(run / place / 'data/mini')
-    assert result.code == 0 and f'val of {where}' in result.err, result.err
+    result = evaluate('--out_dir=../out')
+    assert result.code == 0, result.err
+    assert f'val of {run / "data/mini"}' in result.err
 
 
-def test_a_data_dir_that_was_typed_is_the_only_one(run, refused, script):
+def test_data_in_the_runs_folder_are_found_from_another_folder(run, evaluate, monkeypatch):
+    os.mkdir('work')
+    os.rename('data', 'out/data')
+    monkeypatch.chdir('work')
+    result = evaluate('--out_dir=../out')
+    assert result.code == 0, result.err
+    assert f'val of {run / "out/data/mini"}' in result.err
+
+
+def test_data_beside_a_run_that_was_moved_are_found(run, evaluate, monkeypatch):
+    rewrite('out/best.pt', out_dir='/gone/long/ago')
+    os.mkdir('runs')
+    os.rename('out', 'runs/out')
+    os.rename('data', 'runs/data')
+    os.mkdir('work')
+    monkeypatch.chdir('work')
+    result = evaluate('--out_dir=../runs/out')
+    assert result.code == 0, result.err
+    assert f'val of {run / "runs/data/mini"}' in result.err
+
+
+def test_a_data_dir_that_was_typed_is_the_only_one(run, refused_evaluation, evaluate):
     words = ['no val.bin', 'typo/mini', 'type --data_dir=FOLDER']
-    line = refused('evaluate.py', '--device=cpu', '--data_dir=typo', words=words)
-    assert 'data/mini,' not in line and line.endswith('--tokenizer=char --data_dir=typo')
-    assert script('evaluate.py', '--device=cpu', '--data_dir=data').code == 0
+    error = refused_evaluation('--data_dir=typo', words=words)
+    assert 'data/mini,' not in error
+    assert error.endswith('--tokenizer=char --data_dir=typo')
+    assert evaluate('--data_dir=data').code == 0
 
 
-def test_where_it_looked_and_how_to_make_it(run, refused):
-    """The tokenizer advised is the model's own kind."""
+def test_without_data_the_error_names_each_folder_and_the_command(run, refused_evaluation):
     shutil.rmtree('data')
     rewrite('out/best.pt', data_dir='texts')
     words = ['texts/mini', 'out/texts/mini', 'data/mini', '--tokenizer=char']
-    line = refused('evaluate.py', '--device=cpu', words=words)
-    assert line.index('--data_dir=FOLDER') < line.index('prepare_text.py')
+    error = refused_evaluation(words=words)
+    assert error.index('--data_dir=FOLDER') < error.index('prepare_text.py')
+
+
+def test_the_command_names_the_models_own_tokenizer(folder, refused_evaluation):
+    """A data_dir in the checkpoint that is not a text is ignored."""
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
-    config = dict(dataset='mine', data_dir=3, out_dir=None)
-    checkpoint.save('bytes.pt', dict(format=1, model=model.state_dict(), config=config,
-                                     model_args=asdict(model.config), tokenizer=dict(kind='byte')))
+    checkpoint.save('bytes.pt', dict(
+        format=1,
+        model=model.state_dict(),
+        model_args=asdict(model.config),
+        tokenizer=ByteTokenizer().state(),
+        config=dict(dataset='mine', data_dir=3, out_dir=None),
+    ))
     words = ['data/mine', '--name=mine --tokenizer=byte']
-    refused('evaluate.py', '--device=cpu', '--checkpoint=bytes.pt', words=words)
+    refused_evaluation('--checkpoint=bytes.pt', words=words)
 
 
-def test_a_dataset_typed_lies_beside_the_runs_own(run, script):
+def test_a_dataset_that_was_typed_lies_beside_the_runs_own(run, evaluate):
     os.rename('data', 'elsewhere')
     os.rename('elsewhere/mini', 'elsewhere/other')
     rewrite('out/best.pt', data_dir='elsewhere')
-    result = script('evaluate.py', '--device=cpu', '--dataset=other')
-    assert result.code == 0 and 'val of elsewhere/other' in result.err, result.err
+    result = evaluate('--dataset=other')
+    assert result.code == 0, result.err
+    assert 'val of elsewhere/other' in result.err
 
 
-def test_another_split_elsewhere(run, script, refused):
-    """The first folder that has the split is taken; a split that none has is an error."""
+def test_the_first_folder_with_the_split_is_used(run, evaluate, refused_evaluation):
     shutil.copytree('data', 'elsewhere')
     os.remove('elsewhere/mini/val.bin')
     rewrite('out/best.pt', data_dir='elsewhere')
-    assert 'val of data/mini' in script('evaluate.py', '--device=cpu').err
-    assert 'train of elsewhere/mini' in script('evaluate.py', '--device=cpu', '--split=train').err
+    assert 'val of data/mini' in evaluate().err
+    assert 'train of elsewhere/mini' in evaluate('--split=train').err
     words = ['no test.bin', 'it has val, train', '--split=val']
-    refused('evaluate.py', '--device=cpu', '--split=test', words=words)
+    refused_evaluation('--split=test', words=words)
