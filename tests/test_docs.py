@@ -1,29 +1,175 @@
-"""docs/tour.md shows what docs/tour.py prints. pytest tests/test_docs.py"""
+"""
+The pages say what is so: links, names of files and functions, shapes, and the numbers of the tour.
+
+    pytest tests/test_docs.py
+"""
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from lib.prepare import write_dataset
 from lib.tokenizers import CharTokenizer
+from model import GPT, GPTConfig
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
+         *sorted((ROOT / 'results').rglob('*.md'))]
+FILES = (ROOT / 'docs/files.md').read_text(encoding='utf-8')
+
+
+# ---- links and names -----------------------------------------------------------------------------
+
+def anchors(path):
+    """Return the names by which GitHub's links reach a page's headings."""
+    headings = re.findall(r'^#+ (.+)$', path.read_text(encoding='utf-8'), re.M)
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    """Each relative link leads to a file or folder, and its anchor to a heading of that file."""
+    text = re.sub(r'^```.*?^```$', '', page.read_text(encoding='utf-8'), flags=re.S | re.M)
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'https?:', link):
+            continue
+        path, _, anchor = link.partition('#')
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_each_file_is_on_the_map():
+    """docs/files.md links to each script and to each file of lib/."""
+    files = [*ROOT.glob('*.py'), *(ROOT / 'lib').glob('*.py'), *(ROOT / 'lib').glob('*.html')]
+    assert len(files) > 20
+    for path in files:
+        assert f'](../{path.relative_to(ROOT)})' in FILES, path.name
+
+
+def test_the_map_names_what_exists():
+    """Each function, class and field that docs/files.md names is in the code."""
+    code = ''
+    for folder in ('', 'lib', 'tests'):
+        for path in sorted((ROOT / folder).glob('*.py')):
+            code += path.read_text(encoding='utf-8')
+    places = FILES.partition('## Where would I add')[2]
+    names = set(re.findall(r'`(?:\w+\.)*(\w+)[`(]', places))
+    assert len(names) > 30
+    for name in names:
+        assert re.search(rf'\b{name}\b', code), name
+
+
+# ---- what the pages say of model.py --------------------------------------------------------------
+
+def shapes_of_the_main_job():
+    """Return {a layer's name: the shape of its output} for one batch of the main job on a CPU."""
+    net = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128)).eval()
+    seen = {}
+
+    def note(name):
+        return lambda module, args, out: seen.update({name: tuple(out.shape)})
+
+    for name, module in net.named_modules():
+        if name and not name.endswith(('.h', '.drop')):
+            module.register_forward_hook(note(name))
+    attention = net.transformer.h[0].attn.attention
+
+    def noting_q(q, k, v, dropout):
+        seen['q'] = tuple(q.shape)
+        return attention(q, k, v, dropout)
+
+    net.set_attention({0: noting_q})
+    idx = torch.zeros(32, 64, dtype=torch.long)
+    logits, loss = net(idx, idx)
+    assert logits.shape == (32, 64, 65) and loss.shape == ()
+    of_the_batch = dict(seen)
+    new = next(net.stream(idx[:1, :6], 2, temperature=0))
+    assert new.shape == (1, 1)
+    return of_the_batch
+
+
+def test_shapes_of_the_two_paths():
+    """The shapes in docs/files.md are those of the main job's model."""
+    seen = shapes_of_the_main_job()
+    path = FILES.partition('text to loss')[2].partition('```')[0].splitlines()
+    layers = {'wte + wpe': ['transformer.wte'],
+              'h.0.attn.c_attn': ['transformer.h.0.attn.c_attn', 'q'],
+              'attention ': ['q'],
+              'h.0.attn.c_proj': ['transformer.h.0.attn.c_proj'],
+              'h.0.mlp.c_fc': ['transformer.h.0.mlp.c_fc'],
+              'h.0.mlp.c_proj': ['transformer.h.0.mlp.c_proj'],
+              'ln_f': ['transformer.ln_f'],
+              'lm_head': ['lm_head']}
+    for words, names in layers.items():
+        line = next(line for line in path if words in line)
+        for name in names:
+            assert str(seen[name]) in line, (line, seen[name])
+
+
+ALONE = '''
+import sys
+others = ('numpy', 'transformers', 'tiktoken', 'matplotlib', 'requests', 'scipy')
+sys.modules.update(dict.fromkeys(others))   # importing one of them fails
+import torch, model
+assert 'lib' not in sys.modules
+net = model.GPT(model.GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
+x = torch.arange(8)[None]
+optimizer = torch.optim.AdamW(net.optimizer_groups(0.1), lr=1e-2)
+for _ in range(50):
+    optimizer.zero_grad()
+    loss = net(x, x + 1)[1]
+    loss.backward()
+    optimizer.step()
+assert loss < 0.5
+assert net.generate(x[:, :1], 7, temperature=0).tolist() == x.tolist()
+'''
+
+
+def test_model_py_needs_torch_alone(tmp_path):
+    """A copy of model.py without the other packages trains, and writes what it has learned."""
+    shutil.copy(ROOT / 'model.py', tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    done = subprocess.run([sys.executable, '-c', ALONE], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the tour ------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r'-?\d+\.\d+')
+
+
+def without_numbers(text):
+    """Return a text with each decimal number as 0, and each run of blanks as one."""
+    return re.sub(r' +', ' ', NUMBER.sub('0', text))
+
+
+def numbers(text):
+    return [float(number) for number in NUMBER.findall(text)]
 
 
 def test_the_tour(folder, shakespeare):
-    """Every block of the page, word by word; numbers within what another processor's rounding may change."""
+    """docs/tour.py prints every block of docs/tour.md.
+
+    Numbers may differ as far as another processor rounds in another way."""
     text = shakespeare.read_text(encoding='utf-8')
     tokenizer = CharTokenizer(text)
-    write_dataset('data/shakespeare_char', {'train': [(tokenizer.encode(text[:2000]), 2000)]}, tokenizer,
-                  dict(name='head', url=None, sha256='', stand_in=False))
-    done = subprocess.run([sys.executable, '-W', 'error', str(ROOT / 'docs/tour.py')], capture_output=True, text=True, timeout=120,
+    write_dataset('data/shakespeare_char', {'train': [(tokenizer.encode(text[:2000]), 2000)]},
+                  tokenizer, dict(name='head', url=None, sha256='', stand_in=False))
+    done = subprocess.run([sys.executable, '-W', 'error', str(ROOT / 'docs/tour.py')],
+                          capture_output=True, text=True, timeout=120,
                           env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
     assert done.returncode == 0 and done.stderr == '', done.stderr
     printed = done.stdout.strip().split('\n\n')
-    shown = re.findall(r'```text\n(.*?)\n```', (ROOT / 'docs/tour.md').read_text(encoding='utf-8'), re.S)
+    page = (ROOT / 'docs/tour.md').read_text(encoding='utf-8')
+    shown = re.findall(r'```text\n(.*?)\n```', page, re.S)
     assert len(shown) == len(printed) == 8
-    number = re.compile(r'-?\d+\.\d+')
     for here, there in zip(shown, printed):
-        assert re.sub(r' +', ' ', number.sub('0', here)) == re.sub(r' +', ' ', number.sub('0', there))
-        assert list(map(float, number.findall(here))) == pytest.approx(list(map(float, number.findall(there))), abs=2e-3)
+        assert without_numbers(here) == without_numbers(there)
+        assert numbers(here) == pytest.approx(numbers(there), abs=2e-3)

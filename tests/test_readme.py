@@ -1,4 +1,11 @@
-"""Every command of README.md, with a small budget and without a network. pytest tests/test_readme.py"""
+"""
+Every command of README.md and docs/ runs, with a small budget and without a network.
+
+    pytest tests/test_readme.py
+
+Commands stand in blocks marked ```sh, a line each; what they print stands in blocks marked ```text.
+"""
+import gzip
 import os
 import re
 import shlex
@@ -6,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,37 +25,117 @@ from lib.prepare import write_dataset
 from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 MAIN = 'config/train_shakespeare_char.py'
+FIRST_BLOCK = ['pip install -r requirements.txt', f'python train.py {MAIN}',
+               'python sample.py --start "ROMEO:"']
+# Commands that are tested elsewhere: .ci/run runs pip, and tests/test_docs.py the tour.
+ELSEWHERE = ('pip ', 'export ', 'python docs/tour.py')
 
 
-def commands():
-    """What a reader copies: lines of code, and of each table cell the commands; what begins with -- belongs to the first of its
-    cell. pip's lines are run by .ci/run."""
-    found = [line for block in re.findall(r'^```\n(.*?)^```', README, re.S | re.M) for line in block.splitlines()]
-    for row in re.findall(r'^\|.*\|$', README, re.M):
-        for cell in re.split(r'(?<!\\)\|', row):
-            first = None
-            for span in re.findall(r'`([^`]+)`', cell.replace('\\|', '|')):
-                if re.match(r'(python|torchrun|srun|echo) ', span):
-                    first = first or span
-                    found.append(span)
-                elif span.startswith('--') and first:
-                    found.append(f'{first} {span}')
-    return list(dict.fromkeys(line for line in found if re.match(r'(python|torchrun|srun|echo) ', line)))
+# ---- the commands of the pages -------------------------------------------------------------------
+
+def blocks(page, language):
+    """Return the texts of a page's blocks that are marked with a language."""
+    text = page.read_text(encoding='utf-8')
+    return re.findall(rf'^```{language}\n(.*?)\n```$', text, re.S | re.M)
 
 
-def test_commands_are_found():
-    """Of every script a command, and in each fenced block and table what a reader would see there."""
-    found = commands()
-    scripts = {path.name for path in ROOT.glob('*.py') if re.search(r'^(\w+, \w+ = )?configure\(globals', path.read_text(), re.M)}
-    assert scripts - {'bench_step.py'} <= {word for command in found for word in command.split()}
-    assert f'python train.py {MAIN}' in found and 'python sample.py --start "ROMEO:"' in found
-    assert 'python evaluate.py --stride=16' in found and 'echo "ROMEO:" | python sample.py --start=-' in found
-    assert len(found) > 70 and sum('torchrun' in command for command in found) >= 7
+def shown_commands():
+    """Return the commands of all pages in their order, each one once."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, 'sh'):
+            lines = re.sub(r' *\\\n *', ' ', block).splitlines()   # a backslash continues a line
+            found += [line.partition('   # ')[0].strip() for line in lines]
+    return list(dict.fromkeys(found))
 
 
-# ---- a place to run them in ----------------------------------------------------------------------------------------
+@dataclass
+class Command:
+    """A command as the tests run it, with stand-ins for what a reader has."""
+    script: str                 # 'train.py'
+    flags: list                 # what follows it
+    stdin: str = None           # what `echo ... |` sends it
+    environment: dict = field(default_factory=dict)   # the variables set in front of it
+
+
+def parsed(line):
+    """Return a line of a page as a Command; fail for a line that does not run a script."""
+    line = stood_in(line.removesuffix(' 2>&1 | tee log.txt'))
+    before, _, line = line.rpartition(' | ')
+    words = shlex.split(line)
+    environment = {}
+    while '=' in words[0]:
+        name, _, value = words.pop(0).partition('=')
+        environment[name] = value
+    assert words[0] == 'python', f'{line}: say in this file how to test such a command'
+    stdin = shlex.split(before)[1] + '\n' if before else None
+    return Command(words[1], words[2:], stdin, environment)
+
+
+def stood_in(line):
+    """Return a line with the stand-ins for what the pages name and the test's folder lacks."""
+    for name, stand_in in {
+            'TIKTOKEN_CACHE_DIR=tiktoken': f'TIKTOKEN_CACHE_DIR={SHARED / "tiktoken"}',
+            '../nanoGPT/data': 'data',
+            '../nanoGPT': 'nanogpt',
+            'HOST1': '127.0.0.1',
+            'nproc_per_node=8': 'nproc_per_node=2'}.items():
+        line = line.replace(name, str(stand_in))
+    return line
+
+
+RUN_HERE = [line for line in shown_commands() if not line.startswith(ELSEWHERE)]
+ON_RANKS = [line for line in RUN_HERE if 'torchrun' in line]
+ALONE = [line for line in RUN_HERE if 'torchrun' not in line]
+
+
+def test_each_script_is_shown():
+    """A page has a command of each script, and each line is one that these tests know."""
+    scripts = set()
+    for path in ROOT.glob('*.py'):
+        if re.search(r'^(\w+, \w+ = )?configure\(globals', path.read_text(encoding='utf-8'), re.M):
+            scripts.add(path.name)
+    scripts.remove('bench_step.py')   # bench.py's, not a reader's
+    assert scripts <= set(' '.join(RUN_HERE).split())
+    for line in ALONE:
+        assert parsed(line).script in BUDGET, line
+
+
+def test_the_first_commands_are_there_verbatim():
+    """The first block of the front page is what a newcomer copies, and what .ci/run runs."""
+    assert blocks(ROOT / 'README.md', 'sh')[0].splitlines() == FIRST_BLOCK
+
+
+def test_pip_installs_what_the_requirements_name():
+    """Files that pip reads exist, and a version on a page is the version that is required."""
+    required = (ROOT / 'requirements.txt').read_text(encoding='utf-8').split()
+    lines = [line for line in shown_commands() if line.startswith('pip ')]
+    assert lines
+    for line in lines:
+        words = line.partition('&&')[0].split()[2:]
+        for flag, word in zip(['', *words], words):
+            if flag == '-r':
+                assert (ROOT / word).exists(), line
+            if '==' in word:
+                assert word in required, line
+
+
+def test_what_the_front_page_shows_was_printed():
+    """Each line of printed text on the front page is in a file under results/."""
+    logs = []
+    for path in sorted((ROOT / 'results').rglob('*')):
+        if path.suffix in ('.txt', '.log', '.md'):
+            logs.append(path.read_text(encoding='utf-8'))
+    logs = '\n'.join(logs)
+    shown = '\n'.join(blocks(ROOT / 'README.md', 'text')).splitlines()
+    assert shown
+    for line in shown:
+        assert line in logs, line
+
+
+# ---- a place to run them in ----------------------------------------------------------------------
 
 NANOGPT = '''
 import torch
@@ -74,61 +162,128 @@ class GPT(torch.nn.Module):
 '''
 
 
+def write_datasets(folder, text):
+    """Write a small dataset for each name that the pages' commands train on."""
+    characters = CharTokenizer((SHARED / 'tinyshakespeare.txt').read_text(encoding='utf-8'))
+    tokenizers = dict(
+        shakespeare_char=characters, shakespeare_byte=ByteTokenizer(), shakespeare=GPT2Tokenizer(),
+        openwebtext=GPT2Tokenizer(), enwik8=ByteTokenizer(), enwik8_gpt2=GPT2Tokenizer(),
+        mine=characters)
+    for name, tokenizer in tokenizers.items():
+        parts = dict(train=text[:24000], val=text[24000:27000])
+        if 'enwik8' in name:
+            parts['test'] = text[27000:]
+        splits = {}
+        for split, part in parts.items():
+            splits[split] = [(tokenizer.encode(part), len(part))]
+        source = dict(name=name, url=None, sha256='', stand_in=False)
+        write_dataset(str(folder / name), splits, tokenizer, source)
+    return characters
+
+
+def write_gpt2s(home):
+    """Write a tiny GPT-2 into a folder, and into the hub's cache under two names."""
+    torch.manual_seed(0)
+    shape = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=1024)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(home / 'gpt2-folder')
+    for name in ('gpt2', 'distilgpt2'):
+        shutil.copytree(home / 'gpt2-folder', home / f'hub/models--{name}/snapshots/abc')
+        (home / f'hub/models--{name}/refs').mkdir()
+        (home / f'hub/models--{name}/refs/main').write_text('abc')
+
+
+def write_nanogpt_checkpoint(path, vocab_size):
+    """Write a checkpoint as nanoGPT's train.py writes it: without a vocabulary."""
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=64, bias=True, vocab_size=vocab_size,
+                 dropout=0.0)
+    content = dict(model=GPT(GPTConfig(**shape)).state_dict(), optimizer={}, model_args=shape,
+                   iter_num=1, best_val_loss=torch.tensor(3.0),
+                   config=dict(dataset='shakespeare_char'))
+    torch.save(content, path)
+
+
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    """A folder as somebody has it who has worked with this for a while: data, a run, GPT-2 in the hub's cache; all small."""
+    """The folder of somebody who has used the project for a while: data, runs, GPT-2; all small."""
     if not (SHARED / 'tinyshakespeare.txt').exists() or not (SHARED / 'tiktoken').exists():
         pytest.skip('no local copy of the texts; set SHARED_DATA to a folder that holds them')
     home = tmp_path_factory.mktemp('home')
-    text = (SHARED / 'tinyshakespeare.txt').read_text(encoding='utf-8')
-    alphabet, text = ''.join(sorted(set(text))), text[:30000]
+    text = (SHARED / 'tinyshakespeare.txt').read_text(encoding='utf-8')[:30000]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-        for name, tokenizer in dict(shakespeare_char=CharTokenizer(alphabet), shakespeare=GPT2Tokenizer(), shakespeare_byte=ByteTokenizer(), enwik8=ByteTokenizer(),
-                                    enwik8_gpt2=GPT2Tokenizer()).items():
-            parts = dict(train=text[:24000], val=text[24000:27000], test=text[27000:])
-            write_dataset(str(home / 'data' / name), {split: [(tokenizer.encode(part), len(part))] for split, part in parts.items()
-                                                      if split != 'test' or 'enwik8' in name}, tokenizer,
-                          dict(name=name, url=None, sha256='', stand_in=False))
-    (home / 'short.txt').write_text(text[:8000])
+        characters = write_datasets(home / 'data', text)
+    for name in ('book.txt', 'input.txt', 'texts/one.txt', 'texts/two.md'):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(text[:8000])
     (home / 'prompt.txt').write_text('ROMEO:')
+    beginning = '<mediawiki xmlns="' + text   # by which prepare_enwik8.py knows enwik8
+    (home / 'enwik8_head.gz').write_bytes(gzip.compress(beginning.encode()))
     (home / 'nanogpt').mkdir()
     (home / 'nanogpt/model.py').write_text(NANOGPT)
-    small = ['--n_layer=2', '--n_head=4', '--n_embd=16', '--max_iters=2', '--eval_iters=1', '--device=cpu']
+    write_gpt2s(home)
+    write_nanogpt_checkpoint(home / 'ckpt.pt', characters.vocab_size)
+    small = ['--n_layer=2', '--n_head=4', '--n_embd=16', '--max_iters=2', '--eval_iters=1',
+             '--device=cpu']
     for config in (MAIN, 'config/train_enwik8.py'):
-        subprocess.run([PYTHON, str(ROOT / 'train.py'), str(ROOT / config), *small], cwd=home, check=True, timeout=120)
-    torch.manual_seed(0)
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=1024))
-    gpt2.save_pretrained(home / 'gpt2')
-    for name in ('gpt2', 'distilgpt2'):
-        shutil.copytree(home / 'gpt2', home / f'hub/models--{name}/snapshots/abc')
-        (home / f'hub/models--{name}/refs').mkdir()
-        (home / f'hub/models--{name}/refs/main').write_text('abc')
-    # a checkpoint as nanoGPT's train.py writes it: without a vocabulary
-    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=64, bias=True, vocab_size=len(alphabet), dropout=0.0)
-    torch.save(dict(model=GPT(GPTConfig(**shape)).state_dict(), optimizer={}, model_args=shape, iter_num=1,
-                    best_val_loss=torch.tensor(3.0), config=dict(dataset='shakespeare_char')), home / 'ckpt.pt')
+        command = [PYTHON, str(ROOT / 'train.py'), str(ROOT / config), *small]
+        subprocess.run(command, cwd=home, check=True, timeout=120)
+    shutil.copytree(home / 'out', home / 'out-mine')
+    shutil.copytree(home / 'out', home / 'out-shakespeare')
+    shutil.copytree(home / 'gpt2-folder', home / 'exported')
     return home
 
 
-BUDGET = {
-    'train.py': ['--max_iters=2', '--eval_iters=1', '--device=cpu'], 'sample.py': ['--max_new_tokens=20', '--device=cpu'],
-    'evaluate.py': ['--device=cpu'], 'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'], 'export_hf.py': [],
-    'prepare_shakespeare.py': ['--input=short.txt'], 'prepare_text.py': [], 'prepare_enwik8.py': ['--data_dir=more'],
-    'ablate.py': ['--device=cpu', '--seeds=1', '--variants=1 head', '--flags=--n_layer=1 --n_embd=8 --max_iters=2 --eval_iters=1'],
-    'bench.py': ['--device=cpu', '--net=0.8M', '--dtype=float32']}
+@pytest.fixture
+def place(home, tmp_path, monkeypatch):
+    """A copy of that home to run a command in, with the environment that it needs."""
+    import huggingface_hub.constants
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    return tmp_path
 
 
-def filled_in(command):
-    """A command with its capitals replaced and its budget cut."""
-    for capitals, meant in {'enwik8.py --input=FILE': f'enwik8.py --input={SHARED / "enwik8_head.gz"}', 'FILE_OR_FOLDER': 'short.txt', 'input=FILE': 'input=short.txt', 'CONFIG': str(ROOT / MAIN), 'PATH': 'nanogpt',
-                            'init_from=FOLDER': 'init_from=gpt2', 'data_dir=FOLDER': 'data_dir=data', 'to=FOLDER': 'to=exported', 'results=FOLDER': 'results=mine',
-                            'nproc_per_node=8': 'nproc_per_node=2', ' train.py': f' {ROOT / "train.py"}'}.items():
-        if 'torchrun' in command or capitals != ' train.py':
-            command = command.replace(capitals, meant)
-    left = re.findall(r'\b[A-Z]{4,}\b', re.sub(r'ROMEO|JULIET|FILE:|SLURM\w+', '', command))
-    assert not left, f'{left} in {command}: say here what stands for it'
-    return command
+# ---- on one process ------------------------------------------------------------------------------
+
+BUDGET = {   # the flags that keep a script's commands short
+    'train.py': ['--max_iters=2', '--eval_iters=1', '--device=cpu'],
+    'sample.py': ['--max_new_tokens=20', '--device=cpu'],
+    'evaluate.py': ['--device=cpu'],
+    'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'],
+    'export_hf.py': [],
+    'prepare_shakespeare.py': ['--input=book.txt'],
+    'prepare_text.py': [],
+    'prepare_enwik8.py': ['--data_dir=more', '--input=enwik8_head.gz', '--partial'],
+    'ablate.py': ['--device=cpu', '--seeds=1', '--variants=1 head',
+                  '--flags=--n_layer=1 --n_embd=8 --max_iters=2 --eval_iters=1'],
+    'bench.py': ['--device=cpu', '--net=0.8M', '--dtype=float32'],
+}
+QUIET = ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py',
+         'export_hf.py', 'bench.py')   # scripts that may print no result
+TINY = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=64']
+FOR_A_GPU = ('config/train_enwik8_gpt2.py', 'config/train_gpt2.py')   # configs of a large model
+
+
+def within_budget(command):
+    """Return a command's flags and those that keep it short."""
+    flags = command.flags + BUDGET[command.script]
+    if command.script == 'train.py':
+        flags += few_sequences(flags)
+        if flags[0] in FOR_A_GPU:
+            flags += [*TINY, '--gradient_accumulation_steps=1']
+        if '--device=cuda' in flags:
+            flags.remove('--device=cpu')
+    if command.script == 'bench.py' and 'train' in flags:
+        flags += ['--quick']
+    elif command.script == 'bench.py':
+        flags += ['--tokens=4', '--runs=1', '--context=8', '--batch=1', '--compile=False']
+    if command.script == 'ablate.py' and '--report' in flags:
+        flags.remove(BUDGET['ablate.py'][-1])   # the results are those of the real setting
+    if command.script == 'export_hf.py':
+        flags += ['--to=new-folder']
+    return flags
 
 
 def few_sequences(flags):
@@ -141,129 +296,98 @@ def few_sequences(flags):
     return more
 
 
-@pytest.fixture
-def place(home, tmp_path, monkeypatch):
-    """A copy of that home to run a command in, with what it needs of an environment."""
-    import huggingface_hub.constants
-    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    return tmp_path
+def compiled_together(line):
+    """Return a line as a parameter; those that compile run in one of pytest's workers."""
+    return pytest.param(line, marks=COMPILED if line.endswith('--compile') else [])
+
+
+# the line that compiles takes the longest, and comes first so that the other worker has the rest
+LONGEST_FIRST = sorted(ALONE, key=lambda line: not line.endswith('--compile'))
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize('command', [pytest.param(command, marks=COMPILED if command.endswith('--compile') else [])
-                                     for command in commands() if 'torchrun' not in command])
-def test_command(place, script, command, recwarn):
-    given, _, words = filled_in(command).rpartition(' | ')
-    name, *flags = shlex.split(words)[1:]
-    flags += BUDGET[name]
-    if name == 'train.py':
-        flags += few_sequences(flags)
-    if name == 'bench.py':
-        flags += ['--quick'] if 'train' in flags else ['--tokens=4', '--runs=1', '--context=8', '--batch=1', '--compile=False']
-    if name == 'ablate.py' and '--report' in flags:
+@pytest.mark.parametrize('line', [compiled_together(line) for line in LONGEST_FIRST])
+def test_command(place, script, line, recwarn, monkeypatch):
+    """A command of one process works and warns of nothing."""
+    command = parsed(line)
+    flags = within_budget(command)
+    for name, value in command.environment.items():
+        monkeypatch.setenv(name, value)
+    if '--report' in flags:
         shutil.copytree(ROOT / 'results/ablations', place / 'results/ablations')
-        flags.remove(BUDGET[name][-1])
-    if 'config/train_enwik8_gpt2.py' in flags:   # a GPU's
-        flags += ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=64', '--gradient_accumulation_steps=1']
-    if '--device=cuda' in flags:
-        flags.remove('--device=cpu')
-    result = script(name, *flags, stdin=shlex.split(given)[1] if given else None)
-    if '--device=cuda' in flags and not torch.cuda.is_available():   # the row says that it tells what there is
-        assert result.code == 2 and 'it has' in result.err
+    result = script(command.script, *flags, stdin=command.stdin)
+    if '--device=cuda' in flags and not torch.cuda.is_available():
+        assert result.code == 2 and 'it has' in result.err   # the error says what there is
         return
     assert result.code == 0, result.err
     assert 'Warning' not in result.err and 'Traceback' not in result.err, result.err
-    # a file that an earlier test's script left open is collected in this one, and is no matter of the command
-    assert not [str(warning.message) for warning in recwarn if warning.category is not ResourceWarning]
-    assert result.out or name in ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py', 'export_hf.py', 'bench.py'), result.err
+    # a file that an earlier test left open is collected in this one
+    warnings = [warning for warning in recwarn if warning.category is not ResourceWarning]
+    assert not warnings, [str(warning.message) for warning in warnings]
+    assert result.out or command.script in QUIET, result.err
 
 
-SEVERAL_RANKS = [command for command in commands() if 'torchrun' in command]
+# ---- on several ranks ----------------------------------------------------------------------------
+
+RANKS_BUDGET = ['--max_iters=2', '--eval_iters=1', '--device=cpu', '--batch_size=2', '--n_layer=1']
 
 
-@pytest.mark.parametrize('command', SEVERAL_RANKS)
-def test_command_for_several_ranks(place, command):
-    """As it stands, on two ranks; the line for two machines is started twice, srun and scontrol stand for Slurm's.
+def put_first_on_path(place, programs):
+    """Write shell scripts, {name: what it does}, into a folder; return PATH with it in front."""
+    folder = place / 'bin'
+    folder.mkdir()
+    for name, does in programs.items():
+        (folder / name).write_text(f'#!/bin/sh\n{does}\n')
+        (folder / name).chmod(0o755)
+    return f'{folder}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
 
-    The first command is torchrun's and its ranks' start afresh; for the others PYTHON runs the same torchrun."""
+
+def shell_line(line, port):
+    """Return the line for a shell, with a small budget and ranks on this machine alone."""
+    line = stood_in(line).replace('29500', str(port))
+    line = re.sub(r' (train|evaluate)\.py', rf' {ROOT}/\1.py', line)
+    line = line.replace(' config/', f' {ROOT}/config/')
+    if '--nnodes=2' in line:   # a rank on each
+        line = line.replace('--nproc_per_node=2', '--nproc_per_node=1')
+    if '--rdzv_endpoint' in line:   # the name of this machine may not lead to it
+        line = line.replace('torchrun ', 'torchrun --local_addr=127.0.0.1 ')
+    if 'evaluate.py' in line:
+        return line
+    if 'train_gpt2.py' in line:
+        line += ' --n_head=1 --n_embd=8 --block_size=16'
+    return ' '.join([line, *RANKS_BUDGET])
+
+
+@pytest.mark.parametrize('line', ON_RANKS)
+def test_command_for_several_ranks(place, line):
+    """A command runs on two ranks; the one for two machines is started twice.
+
+    The first command is torchrun's, and its ranks start afresh. For the others PYTHON runs the same
+    torchrun. srun and scontrol are stand-ins for Slurm's."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    (place / 'bin').mkdir()
-    stand_ins = dict(srun='exec "$@"', scontrol='echo 127.0.0.1')
-    if command != SEVERAL_RANKS[0]:
-        stand_ins['torchrun'] = f'exec {PYTHON} {Path(sys.executable).parent / "torchrun"} "$@"'
-    for name, does in stand_ins.items():
-        (place / 'bin' / name).write_text(f'#!/bin/sh\n{does}\n')
-        (place / 'bin' / name).chmod(0o755)
-    line = filled_in(command).replace('HOST1', '127.0.0.1').replace('29500', str(port))
-    ranks = line.replace('--nproc_per_node=2', '--nproc_per_node=1') if '--nnodes=2' in line else line
-    budget = ' --max_iters=2 --eval_iters=1 --device=cpu --batch_size=2 --n_layer=1' + ' --optimizer=adamw' * ('--shard' in line)
-    if '--rdzv_endpoint' in line:   # of agents that find each other by name, which this machine's may not be
-        ranks = ranks.replace('torchrun ', 'torchrun --local_addr=127.0.0.1 ')
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_NNODES': '1', 'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST': 'here',
-                   'PATH': f'{place / "bin"}:{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    agents = [subprocess.Popen(['bash', '-c', ranks + budget], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-              for _ in range(2 if '--nnodes=2' in line else 1)]
+    programs = dict(srun='exec "$@"', scontrol='echo 127.0.0.1')
+    if line != ON_RANKS[0]:
+        programs['torchrun'] = f'exec {PYTHON} {Path(sys.executable).parent / "torchrun"} "$@"'
+    environment = dict(os.environ, PATH=put_first_on_path(place, programs), OMP_NUM_THREADS='1',
+                       SLURM_NNODES='1', SLURM_JOB_ID='7', SLURM_JOB_NODELIST='here')
+    words = ['bash', '-c', shell_line(line, port)]
+    agents = []
+    for _ in range(2 if '--nnodes=2' in line else 1):
+        agents.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True, env=environment))
     try:
-        said = [agent.communicate(timeout=120)[1] for agent in agents]
+        printed = [agent.communicate(timeout=120) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    assert [agent.returncode for agent in agents] == [0] * len(agents), said
-    lines = ''.join(said).splitlines()
-    assert 'done: 2 steps' in ''.join(said) and ' on 2 ranks' in ''.join(said), said
-    # At the start of a line: an agent whose host left first logs a traceback of its own, behind a date, and exits with 0.
-    assert not [line for line in lines if line.startswith('Traceback')], said
-
-
-# ---- what else the page says ---------------------------------------------------------------------------------------
-
-def test_links_and_shapes():
-    """Every link leads to a file, and the shapes of the two paths are those of the main job's model."""
-    for link in re.findall(r'\]\(([^)#]+)\)', README):
-        assert (ROOT / link).exists(), link
-    net = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128)).eval()
-    seen, path = {}, README.partition('text to loss')[2].partition('```')[0]
-
-    def note(name):
-        return lambda module, args, out: seen.update({name: tuple(out.shape)})
-    for name, module in net.named_modules():
-        if name and not name.endswith(('.h', '.drop')):
-            module.register_forward_hook(note(name))
-    attend = net.transformer.h[0].attn.attention
-    net.set_attention({0: lambda q, k, v, dropout: seen.update(q=tuple(q.shape)) or attend(q, k, v, dropout)})
-    logits, loss = net(torch.zeros(32, 64, dtype=torch.long), torch.zeros(32, 64, dtype=torch.long))
-    for line, names in {'wte + wpe': ['transformer.wte'], 'h.0.attn.c_attn': ['transformer.h.0.attn.c_attn', 'q'], 'attention ': ['q'],
-                        'h.0.attn.c_proj': ['transformer.h.0.attn.c_proj'], 'h.0.mlp.c_fc': ['transformer.h.0.mlp.c_fc'],
-                        'h.0.mlp.c_proj': ['transformer.h.0.mlp.c_proj'], 'ln_f': ['transformer.ln_f'], 'lm_head': ['lm_head']}.items():
-        row = next(row for row in path.splitlines() if line in row)
-        assert all(str(seen[name]) in row for name in names), (row, [seen[name] for name in names])
-    assert logits.shape == (32, 64, 65) and loss.shape == ()
-    caches = net.stream(torch.zeros(1, 6, dtype=torch.long), 2, temperature=0)
-    assert next(caches).shape == (1, 1)
-
-
-def test_model_py_alone(tmp_path):
-    """Copied elsewhere, with torch alone, it trains, writes text, and reads what it saved."""
-    shutil.copy(ROOT / 'model.py', tmp_path)
-    alone = '''
-import sys
-sys.modules.update(dict.fromkeys(('numpy', 'transformers', 'tiktoken', 'matplotlib', 'requests', 'scipy')))   # an import of them fails
-import torch, model
-assert 'lib' not in sys.modules
-net = model.GPT(model.GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
-x = torch.arange(8)[None]
-optimizer = torch.optim.AdamW(net.optimizer_groups(0.1), lr=1e-2)
-for _ in range(50):
-    optimizer.zero_grad(); loss = net(x, x + 1)[1]; loss.backward(); optimizer.step()
-assert loss < 0.5
-assert net.generate(x[:, :1], 7, temperature=0).tolist() == x.tolist()
-'''
-    done = subprocess.run([sys.executable, '-c', alone], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env={key: value for key, value in os.environ.items() if key != 'PYTHONPATH'})
-    assert done.returncode == 0, done.stderr
+    assert [agent.returncode for agent in agents] == [0] * len(agents), printed
+    text = ''.join(out + err for out, err in printed)
+    if 'evaluate.py' in line:
+        assert text.count('nats_per_token') == 1, text   # by rank 0 alone
+    else:
+        assert 'done: 2 steps' in text and ' on 2 ranks' in text, text
+    # At the start of a line: an agent whose host left first logs a traceback of its own, behind a
+    # date, and exits with 0.
+    assert not re.search('^Traceback', text, re.M), text
