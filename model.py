@@ -565,6 +565,8 @@ class GPT(nn.Module):
         for name, needed in dict(pos='learned', norm='pre', residual=True, qk_norm=False).items():
             if getattr(c, name) != needed:
                 other.append(f'{name}={getattr(c, name)!r}')
+        if c.activation not in HF_ACTIVATIONS.values():
+            other.append(f'activation={c.activation!r}')
         if other:
             raise ValueError(f"GPT-2 has no {', '.join(other)}: "
                              f"Hugging Face's GPT2LMHeadModel would compute something else")

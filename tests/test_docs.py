@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from lib.prepare import write_dataset
 from lib.tokenizers import CharTokenizer
-from model import GPT, GPTConfig
+from model import GPT, Cache, GPTConfig
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
          *sorted((ROOT / 'results').rglob('*.md'))]
@@ -80,18 +80,15 @@ def shapes_of_the_main_job():
             module.register_forward_hook(note(name))
     attention = net.transformer.h[0].attn.attention
 
-    def noting_q(q, k, v, dropout):
+    def noting_q(q, k, v, dropout, visible):
         seen['q'] = tuple(q.shape)
-        return attention(q, k, v, dropout)
+        return attention(q, k, v, dropout, visible)
 
     net.set_attention({0: noting_q})
     idx = torch.zeros(32, 64, dtype=torch.long)
     logits, loss = net(idx, idx)
     assert logits.shape == (32, 64, 65) and loss.shape == ()
-    of_the_batch = dict(seen)
-    new = next(net.stream(idx[:1, :6], 2, temperature=0))
-    assert new.shape == (1, 1)
-    return of_the_batch
+    return seen
 
 
 def test_shapes_of_the_two_paths():
@@ -110,6 +107,22 @@ def test_shapes_of_the_two_paths():
         line = next(line for line in path if words in line)
         for name in names:
             assert str(seen[name]) in line, (line, seen[name])
+
+
+def test_shapes_of_the_cache():
+    """The shapes of the second path in docs/files.md are those that GPT.next_token meets."""
+    net = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128)).eval()
+    path = FILES.partition('\nprompt to text')[2].partition('```')[0].splitlines()
+    prompt = next(line for line in path if 'GPT.next_token, the prompt' in line)
+    token = next(line for line in path if 'GPT.next_token, the token' in line)
+    cache = Cache(net.config, 'cpu')
+    for line, T in ((prompt, 6), (token, 1)):
+        cache.make_room(T)
+        logits = net.next_logits(torch.zeros(1, T, dtype=torch.long), cache)
+        cache.advance(T)
+        assert f'logits {tuple(logits.shape)}' in line
+        assert f'k, v {tuple(cache.layers[0].k.shape)}' in line
+    assert f'hold {cache.length} tokens' in token
 
 
 ALONE = '''

@@ -17,6 +17,7 @@ from conftest import ROOT, TEXT, read_log
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+import model as gpt
 from lib import checkpoint, data, prepare, tokenizers
 from lib.configurator import configure
 from model import GPT, GPTConfig
@@ -465,6 +466,13 @@ def test_other_tokenizers_are_exported_too(folder, script, gpt2_files, kind):
     flags = ['--start=né 二 🎉', '--max_new_tokens=15', *GREEDY]
     assert script('sample.py', '--init_from=exported', *flags).out == text
     assert script('sample.py', '--checkpoint=a.pt', *flags).out == text
+
+
+def test_an_activation_that_transformers_lacks_is_not_exported(monkeypatch, tmp_path):
+    monkeypatch.setitem(gpt.ACTIVATIONS, 'silu', torch.nn.functional.silu)
+    with pytest.raises(ValueError, match="activation='silu'"):
+        small_gpt(activation='silu').save_pretrained(tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_mistake_in_an_export_writes_nothing(trained, folder, refused):
