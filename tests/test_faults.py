@@ -401,7 +401,7 @@ def test_an_error_of_one_rank_ends_all_with_its_message(mini):
 
 
 def test_a_sharded_run_and_one_process_resume_from_each_other(mini, forked):
-    """--shard has the losses of one process, and its checkpoint is one whole file."""
+    """A sharded run has the losses of one process, and writes one whole checkpoint."""
     common = ['train.py', *TINY, '--gradient_accumulation_steps=6', '--max_iters=4',
               '--lr_decay_iters=8', '--eval_interval=2', '--sample_interval=4']
     more = [*common, '--init_from=resume', '--max_iters=8']
@@ -525,7 +525,7 @@ print(seconds, resident() - before)
 
 
 def test_memory_stays_flat_on_20_gigabytes(folder):
-    """Opening reads little, and batches give back the pages they read, 15 MB together."""
+    """Opening reads little. Batches give back their pages, which would add up to 15 MB."""
     os.makedirs('data/big')
     for name, size in (('train.bin', 20_000_000_000), ('val.bin', 2_000)):
         Path('data/big', name).touch()

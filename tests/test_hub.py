@@ -507,7 +507,7 @@ FINE_TUNE = ['--dataset=mini', '--device=cpu', '--dtype=float32', '--eval_iters=
 
 
 def test_fine_tuning_starts_at_the_loss_that_transformers_has(mini, script, refused):
-    """After its start the run is an ordinary one: it can be resumed, and has its own sizes."""
+    """The run has the sizes of the model it began with, and can be resumed like any other."""
     theirs = hf_model(vocab_size=data.Dataset('mini').vocab_size)
     theirs.save_pretrained('theirs')
     result = script('train.py', '--init_from=theirs', *FINE_TUNE, '--max_iters=4')
@@ -558,7 +558,7 @@ def test_an_export_is_trained_with_the_context_that_it_has(trained, mini, script
     prepare.write_dataset('data/bytes', splits, tokenizer, source)
     words = ['out-hf', 'another tokenizer', 'same characters']
     line = refused('train.py', *flags, '--dataset=bytes', words=words)
-    assert 'FROM:' not in line   # prepare_text.py takes characters from a checkpoint file alone
+    assert 'FROM:' not in line   # FROM: takes a checkpoint file, and an export is a folder
     assert checkpoint.load('out-more/last.pt')['iter_num'] == 2
 
 
@@ -578,7 +578,7 @@ def test_the_advice_for_an_export_of_bytes_leads_to_a_run(mini, script, refused)
 # ---- the configs for GPT-2 -----------------------------------------------------------------------
 
 def knobs_after(config, device):
-    """Return train.py's knobs after a config file that sees a device."""
+    """Return train.py's knobs as a config file leaves them on a device."""
     source = (ROOT / 'train.py').read_text()
     defaults = source.partition('# ---- knobs')[2].partition('knobs, given')[0]
     knobs = {}
@@ -611,7 +611,7 @@ def test_the_batch_of_the_enwik8_config_is_the_same_on_any_device(device):
 def gpt2_in_cache(offline, script, gpt2_files):
     """gpt2_in_cache(name) puts a random GPT-2 of that name into the hub's cache, and returns it.
 
-    data/shakespeare has some tokens for it."""
+    The fixture also prepares data/shakespeare."""
     Path('short.txt').write_text(TEXT[:4000])
     assert script('prepare_shakespeare.py', '--tokenizer=gpt2', '--input=short.txt').code == 0
 

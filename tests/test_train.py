@@ -67,7 +67,7 @@ def assert_logs_agree(path, other, *columns):
 
 
 def knobs_on_a_gpu(config):
-    """Return train.py's knobs after a config file that sees a GPU."""
+    """Return train.py's knobs as a config file leaves them on a GPU."""
     source = (ROOT / 'train.py').read_text()
     defaults = source.partition('# ---- knobs')[2].partition('knobs, given')[0]
     knobs = {}
@@ -514,7 +514,7 @@ def test_a_signal_ends_a_run_after_a_step_that_is_saved(mini, number):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_rank_that_waits_for_the_others_ends_at_a_signal(mini, number):
-    """When a rank dies at the start, torchrun stops the others; none waits for its SIGKILL."""
+    """When a rank dies at the start, torchrun signals the others. None may wait for SIGKILL."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -577,7 +577,7 @@ def test_a_time_limit_ends_a_run_with_its_schedule_decayed(mini, script):
 
 
 def check_rates_follow_time(rows):
-    """Check that the rate follows the cosine at the larger share, of the steps or of 0.6 s."""
+    """Check each rate: the cosine at the larger of two shares, of all steps and of 0.6 s."""
     before = 0.0   # seconds of training when the step began
     for row in rows:
         done = max(int(row['iter']) / 1_000_000, min(1, before / 0.6))
@@ -806,7 +806,7 @@ def test_resuming_on_another_vocabulary_is_refused(mini, script, refused):
 
 
 def test_characters_that_a_model_lacks_are_named(mini, script, refused):
-    """The error names the first 20 and counts all. A model can also number them differently."""
+    """The error names the first 20 and counts all. It also tells where only the order differs."""
     assert script('train.py', *TINY, '--max_iters=1', '--out_dir=o p').code == 0
     alphabet = ''.join(map(chr, range(0x3b1, 0x3ca)))
     write_text('accents', 'was für ein Ärger' * 50)
@@ -840,7 +840,7 @@ def test_a_malformed_tokenizer_counts_as_another_one(mini, trained, refused, sta
     checkpoint.save('out/last.pt', loaded | dict(tokenizer=state))
     words = ['another tokenizer', '--dataset=NAME']
     line = refused('train.py', '--init_from=resume', '--device=cpu', words=words)
-    assert 'FROM:' not in line   # the checkpoint has no vocabulary that a text could be given
+    assert 'FROM:' not in line   # a malformed tokenizer has no vocabulary to take
 
 
 def test_an_unusable_validation_split_is_found_before_anything_moves(mini, script, refused):
@@ -1039,7 +1039,7 @@ def with_mps(monkeypatch):
 
 
 def test_mps_that_fails_is_taken_only_by_name(with_mps, capfd):
-    """This machine has no such GPU: the probe fails."""
+    """The probe fails, since this machine has no such GPU."""
     assert runtime.find_device('auto') == 'cpu'
     assert 'mps' in capfd.readouterr().err
     assert runtime.find_device('mps') == 'mps'

@@ -51,7 +51,7 @@ STEPS = 30      # optimizer steps of a run
 TARGETS = dict(kills=200, rank_kills=20, damage=600, garbage=10_000, folders=1000, consoles=200)
 SHARES = dict(   # shares of the time
     kills=0.35, rank_kills=0.2, damage=0.05, garbage=0.3, folders=0.05, consoles=0.05)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)   # train.py and sample.py handle them
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)   # scripts replace their handlers
 
 
 def report(line):
