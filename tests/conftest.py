@@ -195,7 +195,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def modes_hold():
-    """Make the permissions of files hold for root too.
+    """Make permissions apply to root too.
 
     The test's thread gives up root's right to override permissions, and gets it back at the end.
     """

@@ -437,7 +437,7 @@ def test_tiny_shakespeare(folder, script, shakespeare, gpt2_files, kind, name, v
 def server():
     """Return serve((status, body), ...) -> url, which starts a server on loopback.
 
-    The server gives each reply once, and the last one for ever.
+    The server gives one reply after another, and repeats the last one.
     """
     started = []
 

@@ -399,7 +399,7 @@ def test_memory_is_kept_only_where_the_library_is_glibc(monkeypatch):
 def test_muon_is_torchs_matrix_by_matrix(precise, monkeypatch):
     """Compare three steps of torch.optim.Muon with its own polynomial, on three shapes.
 
-    torch multiplies in bfloat16, which rounds each of 15 products to 2^-9 of its value.
+    torch multiplies in bfloat16. This rounds each of 15 products to 2^-9 of its value.
     """
     monkeypatch.setattr(optimizers, 'POLAR', CLASSIC)
     shapes = [(8, 8), (32, 8), (8, 32), (8, 8), (8, 32)]

@@ -231,9 +231,9 @@ def test_role_matrices_by_hand():
 def model_with_an_induction_head(V, T):
     """Return a GPT of two layers, without norms and biases, with known weights.
 
-    Its embedding has a dimension for each token, each token before, and each position. Head 0.0
-    looks at the token before and copies it. Head 1.0 looks for its own token among these copies,
-    so it looks at the token that followed last time.
+    The embedding has a dimension for each token, each token before, and each position. Head 0.0
+    looks at the token before and copies it. Head 1.0 looks for the present token among these
+    copies, and so finds the token that followed last time.
     """
     C = 2 * (2 * V + T)   # twice the dimensions, because each of the two heads has half of C
     config = GPTConfig(

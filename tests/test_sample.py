@@ -222,9 +222,9 @@ def test_a_checkpoint_stands_alone(sample, folder):
 
 
 def test_a_run_stopped_before_its_first_evaluation_samples_from_last_pt(script, trained, folder):
-    """In such a run, best.pt holds step 0.
+    """best.pt of a run that stopped before its first evaluation holds step 0.
 
-    best.pt is used if last.pt holds step 0 too, has a larger loss, or is empty.
+    best.pt is still used if last.pt holds step 0 too, has a larger loss, or is empty.
     """
     os.mkdir('out')
     best = checkpoint.load(f'{trained}/best.pt')
