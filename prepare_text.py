@@ -138,7 +138,7 @@ def find_files(folder):
         if os.path.isfile(path):
             once.setdefault(os.path.realpath(path), path)
         elif os.path.islink(path) and not os.path.exists(path):
-            unread.append(f'{path} (a link to what is not there)')
+            unread.append(f'{path} (a broken link)')
     if unread:
         note(f'{counted(len(unread), "path")} could not be read: {listed(unread)}')
     if not once:

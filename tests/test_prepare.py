@@ -609,7 +609,7 @@ def test_locked_folders_and_broken_links_are_noted(three, script, monkeypatch, p
     assert result.code == 0
     note, = (note for note in notes(result) if note.startswith('note: 2 '))
     assert 'in/locked (Permission denied)' in note
-    assert 'in/gone.txt (a link to what is not there)' in note
+    assert 'in/gone.txt (a broken link)' in note
     assert source()['documents'] == 3
 
 
