@@ -239,7 +239,7 @@ def our_model(precision, plan):
 
 def time_ours(model, prompt, texts, count):
     """Time the stream of tokens that sample.py prints."""
-    step = decoding.GraphedStep() if ON_GPU else GPT.next_token
+    step = decoding.GraphedSampling() if ON_GPU else GPT.next_token
     return time_steps(model, prompt, texts, count, step)
 
 

@@ -78,8 +78,8 @@ def open_data(opened):
     return data
 
 
-def measure(model, data):
-    """Return (mean nats a token, seconds)."""
+def measure(model, data, dtype):
+    """Return (mean nats a token, seconds). dtype: the precision of autocast."""
     started = time.perf_counter()
     pairs = evaluation_batches(data, split, model.config.block_size, batch_size, None, rank, ranks,
                                stride)
@@ -131,12 +131,12 @@ model.to(device).eval()
 say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, windows of '
     f'{model.config.block_size}, stride {stride or model.config.block_size}')
 
-nats, seconds = measure(model, data)
+nats, seconds = measure(model, data, dtype)
 lost = {}
 if quantize:
     exact = nats
     decoding.narrow(model, dtype, quantize)
-    nats, seconds = measure(model, data)
+    nats, seconds = measure(model, data, 'float32')   # a narrow model casts by itself
     lost = dict(nats_lost=nats - exact)
 
 tokens, text_bytes, chars = count(data, opened.tokenizer)

@@ -4,16 +4,18 @@ GPT-2, the whole of it, in one file that needs torch alone: copy it anywhere and
 The letters used below and in every shape:
     B  batch, sequences side by side           C   n_embd, the width of a token's vector
     T  time, tokens in this call               nh  n_head, heads in a layer
-    S  tokens a query can look at (T + cached) hs  head size, C / nh
+    S  keys: T, or those a cache has room for  hs  head size, C / nh
     V  vocab_size
 
     idx (B, T) -> wte + wpe (B, T, C) -> n_layer blocks -> ln_f -> lm_head -> logits (B, T, V)
 
-Tokens meet each other in one place only, the attention. All other layers work on each position
-alone. Names are those of GPT-2's released weights and of Hugging Face's GPT2LMHeadModel.
+The logits at a position are the model's guess of the next token. Tokens meet each other in one
+place only, the attention. All other layers work on each position alone. Names are those of GPT-2's
+released weights and of Hugging Face's GPT2LMHeadModel: wte embeds tokens, wpe positions, h are the
+blocks, c_attn makes queries, keys and values, c_proj leads back to the width C, ln is a norm.
 
-In reading order: the config, attention, MLP, block, GPT; then sampling, what training asks of a
-model, Hugging Face's files, and the checks of the config.
+In reading order: the config, attention, MLP, block, GPT. Behind them are the functions that GPT's
+methods use: the cache and the choice of a token for sampling, Hugging Face's files, the checks.
 """
 import contextlib
 import glob
@@ -39,12 +41,12 @@ class GPTConfig:
     Raises ValueError for a shape that cannot exist."""
     block_size: int = 1024       # tokens of context
     vocab_size: int = 50257      # different tokens
-    n_layer: int = 12            # blocks; with 0 the model is a bigram: embedding, norm, head
+    n_layer: int = 12            # blocks; 0 leaves embedding, norm and head, a bigram model
     n_head: int = 12             # attention heads in a block
     n_embd: int = 768            # width
     dropout: float = 0.0         # share of activations dropped in training
     bias: bool = True            # biases in linears and norms
-    # GPT-2 has the first value; the others are there to measure what it is worth
+    # The defaults are GPT-2's. The other values are for measuring what each choice is worth.
     qkv_bias: bool = True        # bias of the QKV projection (needs bias)
     tie_weights: bool = True     # the head is the token embedding
     pos: str = 'learned'         # 'learned' | 'rope' | 'none'
@@ -53,7 +55,7 @@ class GPTConfig:
     qk_norm: bool = False        # unit RMS for queries and keys
     activation: str = 'gelu'     # one of ACTIVATIONS
     zero_init: bool = False      # residual branches and an untied head start at 0
-    # settings that matter only during training
+    # settings that do not change what a trained model computes
     flash: bool = True           # fused attention, else the explicit formula
     label_smoothing: float = 0.0     # share of the target spread over the vocabulary
     layer_drop: float = 0.0      # probability that a sequence skips a residual branch
@@ -97,10 +99,14 @@ class CausalSelfAttention(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.qk_norm = config.qk_norm
+        # On a CPU lib/fast.py (training) and lib/decoding.py (sampling) set another function.
         self.attention = fused_attention if config.flash else explicit_attention
 
     def forward(self, x, rope=None, cache=None):
-        """x (B, T, C) -> (B, T, C). cache: the LayerCache of the tokens before x."""
+        """(B, T, C) -> (B, T, C).
+
+        rope (2, T, 1, hs): the rows of rope_table for x's positions. cache: the LayerCache of the
+        tokens before x."""
         B, T, C = x.shape
         nh = self.n_head
         qkv = self.c_attn(x).view(B, T, 3 * nh, C // nh)                         # (B, T, 3·nh, hs)
@@ -112,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (*qk.chunk(2, dim=2), v))            # (B, nh, T, hs)
         visible = None
         if cache is not None:
-            k, v, visible = cache.add(k, v)                              # (B, nh, S, hs), (T, S)
+            k, v, visible = cache.add(k, v)                      # (B, nh, S, hs), (T, S) or None
         dropout = self.drop.p if self.training else 0.0
         y = self.attention(q, k, v, dropout, visible)                              # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)               # the heads' outputs side by side
@@ -128,75 +134,18 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
 
 
-class Cache:
-    """The keys and values of the tokens read so far: the next token costs one token's work.
+def rope_table(config):
+    """Return cosines and sines of the angles of every position, as rotate wants them.
 
-    Keys and values get room for many tokens at a time, and the number of tokens is also held as a
-    tensor. Thus a step has the same shapes for many tokens, and one compiled step or CUDA graph
-    serves them all, as in gpt-fast. Queries do not see the room that is not yet filled."""
-
-    def __init__(self, config, device):
-        on_processor = torch.device(device).type == 'cpu'
-        self.span = 64 if on_processor else 256   # a CUDA graph is recorded for every span
-        self.keys = torch.arange(config.block_size, device=device)   # all positions
-        self.length = 0                # tokens read
-        self.start = self.keys[:1].clone()   # the same number, as a tensor (1,)
-        self.room = 0                  # tokens that fit, S
-        self.position = None           # (T,), of the tokens that are being read
-        self.visible = None            # (T, S), or None while the prompt is read
-        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
-
-    def make_room(self, T):
-        """Make room for T more tokens. The prompt, read first, takes the room it needs."""
-        if self.length == 0:
-            self.room = T
-        elif self.length + T > self.room:
-            spans = math.ceil((self.length + T) / self.span)
-            more = min(len(self.keys), spans * self.span) - self.room
-            self.room += more
-            for layer in self.layers:
-                layer.k = F.pad(layer.k, (0, 0, 0, more))                          # (B, nh, S, hs)
-                layer.v = F.pad(layer.v, (0, 0, 0, more))
-
-    def begin(self, T):
-        """Return the positions (T,) of the tokens to be read, and note what they see."""
-        self.position = self.start + self.keys[:T]
-        self.visible = None
-        if self.length:
-            self.visible = self.keys[:self.room] <= self.position[:, None]         # (T, S)
-        return self.position
-
-    def advance(self, T):
-        """Count T tokens as read."""
-        self.length += T
-        self.start.fill_(self.length)
-
-    def expand(self, rows):
-        """Repeat the single text that was read, so that `rows` texts can continue it."""
-        for layer in self.layers:
-            layer.k = layer.k.expand(rows, -1, -1, -1)
-            layer.v = layer.v.expand(rows, -1, -1, -1)
-
-
-class LayerCache:
-    """One layer's part of a Cache: k and v (B, nh, S, hs)."""
-
-    def __init__(self, cache):
-        self.cache = cache
-        self.k = None
-        self.v = None
-
-    def add(self, k, v):
-        """Add T tokens' k and v (B, nh, T, hs).
-
-        Return those of all tokens, (B, nh, S, hs), and which of them each query sees, (T, S)."""
-        if self.cache.visible is None:   # a prompt
-            self.k = k
-            self.v = v
-        else:
-            self.k.index_copy_(2, self.cache.position, k)
-            self.v.index_copy_(2, self.cache.position, v)
-        return self.k, self.v, self.cache.visible
+    (2, block_size, 1, hs); the angles are position · 10000^(-2i/hs)."""
+    hs = config.n_embd // config.n_head
+    # on the CPU even while with_weights builds on 'meta'
+    positions = torch.arange(config.block_size, device='cpu')
+    frequencies = 10000.0 ** -(torch.arange(0, hs, 2, device='cpu') / hs)
+    angle = torch.outer(positions, frequencies)                                 # (block_size, hs/2)
+    cos = angle.cos().repeat(1, 2)
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
+    return torch.stack((cos, sin))[:, :, None]
 
 
 # ---- the other layers ----------------------------------------------------------------------------
@@ -207,7 +156,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]   # lib/fast.py sets another on a CPU
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""
@@ -229,7 +178,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         """(B, T, C) -> (B, T, C)."""
-        if self.norm == 'pre' and self.residual and not self.layer_drop:   # GPT-2's block
+        if self.norm == 'pre' and self.residual and not self.layer_drop:
+            # GPT-2's block, written out; branch computes the same
             x = x + self.attn(self.ln_1(x), rope, cache)
             return x + self.mlp(self.ln_2(x))
         x = self.branch(x, self.ln_1, lambda y: self.attn(y, rope, cache))
@@ -238,7 +188,7 @@ class Block(nn.Module):
     def branch(self, x, norm, layer):
         """Return x + layer(norm(x)) with the config's changes to it; (B, T, C) -> (B, T, C)."""
         y = layer(norm(x) if self.norm == 'pre' else x)
-        if self.layer_drop and self.training:   # sequences that keep the branch make up for others
+        if self.layer_drop and self.training:   # scaled up so that the mean stays the same
             keep = torch.rand(x.size(0), 1, 1, device=x.device) >= self.layer_drop     # (B, 1, 1)
             y = y * keep / (1 - self.layer_drop)
         if self.residual:
@@ -253,7 +203,9 @@ def layer_norm(config):
 
 
 def call(module, *inputs):
-    """Return module(*inputs). lib/decoding.py has another way to call blocks and the head."""
+    """Return module(*inputs): how blocks and the head are called, unless they are compiled.
+
+    lib/decoding.py passes a function that calls their compiled code in place of this one."""
     return module(*inputs)
 
 
@@ -261,7 +213,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.drawable = config.vocab_size   # tokens that sampling may draw; the rest is padding
+        # Tokens that sampling may draw. Scripts lower it to the tokenizer's number of tokens where
+        # vocab_size is rounded up for speed.
+        self.drawable = config.vocab_size
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Identity(),
@@ -281,9 +235,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def init_weights(self):
-        """Draw the weights from N(0, 0.02); biases start at 0.
+        """Draw the matrices from a normal distribution of mean 0 and standard deviation 0.02.
 
-        The 2·n_layer matrices that add to the residual stream start at 0.02/√(2·n_layer)."""
+        For the 2·n_layer matrices that add to the residual stream it is 0.02/√(2·n_layer). Biases
+        start at 0, and the weights of norms stay 1."""
         c = self.config
         for name, p in self.named_parameters():
             std = 0.02
@@ -299,7 +254,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Return (logits (B, T, V), the mean loss in nats or None).
 
-        idx (B, T) int64, T <= block_size; targets likewise, where -1 is ignored."""
+        idx (B, T) int64, T <= block_size. targets (B, T): the token that follows each one of idx;
+        -1 is ignored."""
         logits = self.lm_head(self.hidden(idx))                                    # (B, T, V)
         if targets is None:
             return logits, None
@@ -311,7 +267,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, run=call):
         """Return the vectors that the head reads: (B, T) -> (B, T, C).
 
-        cache: a Cache with room for idx, which continues the tokens in it. run: calls a block."""
+        cache: a Cache; idx follows the tokens in it. run: calls a block; see `call`."""
         T = idx.size(1)
         past = 0 if cache is None else cache.length
         if past + T > self.config.block_size:
@@ -328,7 +284,7 @@ class GPT(nn.Module):
         x = self.drop(x)
         rope = None
         if self.config.pos == 'rope':
-            rope = self.rope[:, position]
+            rope = self.rope[:, position]                                          # (2, T, 1, hs)
         for block, layer_cache in zip(self.transformer.h, layers):
             if self.config.grad_checkpointing and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
@@ -363,7 +319,9 @@ class GPT(nn.Module):
             block.mlp.activation = activation
 
     def set_dropout(self, kind):
-        """Let modules of another class than nn.Dropout draw the masks."""
+        """Let modules of another class than nn.Dropout draw the masks.
+
+        Attention draws its own masks for its weights."""
         self.drop = kind(self.drop.p)
         for block in self.transformer.h:
             block.attn.drop = kind(block.attn.drop.p)
@@ -373,7 +331,7 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  repetition_penalty=1.0, stop=None, generator=None, kv_cache=True):
-        """Continue every row of idx (B, T); return (B, T + new).
+        """Continue every row of idx (B, T); return (B, T + new). sample.py uses stream instead.
 
         temperature: 0 takes the likeliest token. top_k: keep the k likeliest. top_p: keep the
         fewest tokens that hold this share of the probability. stop: a token id or several; a row
@@ -409,10 +367,12 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, sampling, chance=None, kv_cache=True, step=None):
         """Yield the next token of every row, (B, 1), max_new_tokens times.
 
-        idx (B, T): the prompt. sampling: a Sampling. chance (B, max_new_tokens): numbers from
-        [0, 1) that decide the draws above temperature 0. A single prompt can be continued several
-        times: idx (1, T) and one row of chance per sample. step: a function that computes what
-        GPT.next_token computes; lib/decoding.py has faster ones."""
+        The model must be in eval mode. idx (B, T): the prompt. sampling: a Sampling. chance
+        (B, max_new_tokens): numbers from [0, 1) that decide the draws above temperature 0. A single
+        prompt can be continued several times: idx (1, T) and one row of chance per sample.
+        step: a function that computes what GPT.next_token computes, while the cache serves;
+        lib/decoding.py has faster ones. Beyond block_size GPT.next_token itself reads the whole
+        window for each token."""
         self.check_prompt(idx)
         if max_new_tokens < 0:
             raise ValueError(f'max_new_tokens={max_new_tokens}: allowed is 0 or more; '
@@ -430,38 +390,38 @@ class GPT(nn.Module):
         for i in range(max_new_tokens):
             if cache and cache.length == block_size:
                 cache = None   # all positions shift now; cached keys would be at the wrong ones
-            draws = None if chance is None else chance[:, i:i + 1]                 # (B, 1)
+            now = None if chance is None else chance[:, i:i + 1]                   # (B, 1)
             if cache is None:
-                new = self.next_token(window, None, seen, draws, sampling)         # (B, 1)
+                new = self.next_token(window, None, seen, now, sampling)           # (B, 1)
             else:
-                cache.make_room(unread.size(1))
-                new = step(self, unread, cache, seen, draws, sampling)             # (B, 1)
-                cache.advance(unread.size(1))
+                new = step(self, unread, cache, seen, now, sampling)               # (B, 1)
                 if unread.size(0) < rows:
                     cache.expand(rows)
+                cache.advance(unread.size(1))
             unread = new
             window = torch.cat((window.expand(rows, -1), new), dim=1)[:, -block_size:]
             seen.scatter_(1, new, True)
             yield new
 
-    def next_token(self, idx, cache, seen, draws, sampling, run=call):
+    def next_token(self, idx, cache, seen, chance, sampling, run=call):
         """Return the next token of every text, (B, 1): one step of sampling.
 
         idx (B, T): the prompt, the newest token, or without a cache the whole window. A prompt
-        (1, T) serves all texts. seen (B, V): True for the tokens that occurred. draws (B, 1):
+        (1, T) serves all texts. seen (B, V): True for the tokens that occurred. chance (B, 1):
         numbers from [0, 1), or None at temperature 0."""
-        logits = self.next_logits(idx, cache, run).expand(seen.size(0), -1)        # (B, V)
-        return choose(logits, seen[:, :logits.size(1)], draws, sampling)
+        logits = self.next_logits(idx, cache, run)                                 # (B, drawable)
+        logits = logits.expand(seen.size(0), -1)   # a single prompt serves all texts
+        return choose(logits, seen[:, :self.drawable], chance, sampling)
 
     def next_logits(self, idx, cache=None, run=call):
-        """Return the logits of the token after idx (B, T), in fp32, for drawable ones: (B, V)."""
+        """Return the logits of the token after idx (B, T), in fp32: (B, self.drawable)."""
         x = self.hidden(idx, cache, run)[:, -1]                                    # (B, C)
         return run(self.lm_head, x)[:, :self.drawable].float()
 
     def check_prompt(self, idx):
         """Raise ValueError for a prompt that is empty or holds tokens that do not exist."""
         if idx.dim() != 2 or not idx.numel():
-            raise ValueError(f'an empty prompt, of shape {tuple(idx.shape)}: '
+            raise ValueError(f'a prompt of shape {tuple(idx.shape)}: '
                              f'idx is (B, T) with one token or more')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise ValueError(f'idx holds {int(idx.min())} to {int(idx.max())}: '
@@ -476,7 +436,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Return the FLOPs of a token's forward and backward pass, as PaLM counts them.
 
-        6 per weight that multiplies, and attention (arXiv 2204.02311, appendix B)."""
+        6 per parameter that multiplies or is added, and attention's (arXiv 2204.02311,
+        appendix B). Looking up an embedding costs nothing."""
         c = self.config
         multiplied = self.num_params()
         if c.pos == 'learned':
@@ -506,7 +467,7 @@ class GPT(nn.Module):
         check_hf_config(name, hf, dropout)
         fields = {ours: hf[theirs] for theirs, (ours, _) in HF_FIELDS.items()}
         if block_size is not None and block_size > fields['block_size']:
-            raise ValueError(f'block_size={block_size}, and {name} knows '
+            raise ValueError(f'block_size={block_size}, but {name} knows '
                              f'{fields["block_size"]} positions')
         fields['block_size'] = block_size or fields['block_size']
         fields['activation'] = HF_ACTIVATIONS[hf['activation_function']]
@@ -528,7 +489,7 @@ class GPT(nn.Module):
         """Return a GPT that takes over the tensors of a state dict, in fp32.
 
         Raises ValueError naming the tensors that do not fit."""
-        if config.n_layer > len(weights):   # before so many blocks are made one by one
+        if config.n_layer > len(weights):   # making millions of blocks would take hours
             raise ValueError(f'n_layer={config.n_layer}, and there are {len(weights)} tensors')
         with torch.device('meta'):   # nothing is allocated and nothing drawn
             model = cls(config)
@@ -548,7 +509,7 @@ class GPT(nn.Module):
         if not all(p.is_floating_point() and p.isfinite().all() for p in weights.values()):
             raise ValueError('some of the weights are not finite numbers')
         model.load_state_dict({name: p.float() for name, p in weights.items()}, assign=True)
-        if config.tie_weights:
+        if config.tie_weights:   # assign=True has untied them
             model.lm_head.weight = model.transformer.wte.weight
         return model
 
@@ -588,22 +549,83 @@ class GPT(nn.Module):
                               ('config', hf_config(c))):
             with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=1)
-        # safetensors gives its file mode 0600
+        # safetensors lets only the owner read its file; config.json has the user's usual rights
         os.chmod(path, os.stat(os.path.join(folder, 'config.json')).st_mode)
 
 
-def rope_table(config):
-    """Return cosines and sines of the angles of every position, as rotate wants them.
+# ---- the cache of a text -------------------------------------------------------------------------
 
-    (2, block_size, 1, hs); the angles are position · 10000^(-2i/hs)."""
-    hs = config.n_embd // config.n_head
-    # on the CPU even while with_weights builds on 'meta'
-    positions = torch.arange(config.block_size, device='cpu')
-    frequencies = 10000.0 ** -(torch.arange(0, hs, 2, device='cpu') / hs)
-    angle = torch.outer(positions, frequencies)                                 # (block_size, hs/2)
-    cos = angle.cos().repeat(1, 2)
-    sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
-    return torch.stack((cos, sin))[:, :, None]
+class Cache:
+    """The keys and values of the tokens read so far: the next token costs one token's work.
+
+    The prompt is read first, then one token at a time. Each time hidden calls begin, every layer
+    calls add, and stream calls advance.
+
+    Keys and values have room for tokens to come, which no query sees yet. So a step has the same
+    shapes for many tokens. Where the next token stands is a tensor, not a number in the code. So
+    one compiled step, or one CUDA graph, serves all these tokens (as in
+    github.com/pytorch-labs/gpt-fast)."""
+
+    def __init__(self, config, device):
+        on_cpu = torch.device(device).type == 'cpu'
+        self.span = 64 if on_cpu else 256   # tokens of room made at a time; each costs a CUDA graph
+        self.all_positions = torch.arange(config.block_size, device=device)
+        self.length = 0                     # tokens read
+        self.start = self.all_positions[:1].clone()   # the same number, as a tensor (1,)
+        self.room = 0                       # tokens that fit, S
+        self.position = None                # (T,), of the tokens that are being read
+        self.visible = None                 # (T, S), or None while the prompt is read
+        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
+
+    def begin(self, T):
+        """Return the positions (T,) of the tokens to be read, and note what they see."""
+        self.position = self.start + self.all_positions[:T]
+        self.visible = None
+        if self.length:
+            self.visible = self.all_positions[:self.room] <= self.position[:, None]    # (T, S)
+        return self.position
+
+    def advance(self, T):
+        """Count T tokens as read, and have room for the next one."""
+        self.length += T
+        self.start.fill_(self.length)
+        if self.length >= self.room:
+            spans = self.length // self.span + 1
+            self.room = min(len(self.all_positions), spans * self.span)
+            more = self.room - self.length
+            for layer in self.layers:
+                layer.k = F.pad(layer.k, (0, 0, 0, more))                          # (B, nh, S, hs)
+                layer.v = F.pad(layer.v, (0, 0, 0, more))
+
+    def expand(self, rows):
+        """Repeat the single prompt that was read, so that `rows` texts can continue it.
+
+        The repeated keys and values share their memory until advance copies them."""
+        for layer in self.layers:
+            layer.k = layer.k.expand(rows, -1, -1, -1)
+            layer.v = layer.v.expand(rows, -1, -1, -1)
+
+
+class LayerCache:
+    """One layer's part of a Cache: k and v (B, nh, S, hs)."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.k = None
+        self.v = None
+
+    def add(self, k, v):
+        """Add T tokens' k and v (B, nh, T, hs).
+
+        Return those of all tokens, (B, nh, S, hs), and which of them each query sees, (T, S). For a
+        prompt this is None, as in fused_attention."""
+        if self.cache.visible is None:   # a prompt
+            self.k = k
+            self.v = v
+        else:
+            self.k.index_copy_(2, self.cache.position, k)
+            self.v.index_copy_(2, self.cache.position, v)
+        return self.k, self.v, self.cache.visible
 
 
 # ---- from logits to a token ----------------------------------------------------------------------
@@ -620,17 +642,17 @@ class Sampling:
         check_sampling(self)
 
 
-def choose(logits, seen, draws, sampling):
+def choose(logits, seen, chance, sampling):
     """Return the next token (B, 1) from logits (B, V).
 
     seen (B, V): True for tokens of the text so far. At temperature 0 the token is the likeliest,
-    else the one that draws (B, 1) picks."""
+    else the one that chance (B, 1) picks."""
     if sampling.temperature == 0:
         return penalized(logits, seen, sampling).argmax(dim=1, keepdim=True)
-    if draws is None:
-        raise ValueError(f'temperature={sampling.temperature} draws, and chance is None; '
-                         f'pass chances(seeds, max_new_tokens)')
-    return draw(probabilities(logits, seen, sampling), draws)
+    if chance is None:
+        raise ValueError(f'temperature={sampling.temperature} needs chance to draw, but chance is '
+                         f'None; pass chances(seeds, max_new_tokens)')
+    return draw(probabilities(logits, seen, sampling), chance)
 
 
 def probabilities(logits, seen, sampling):
@@ -639,7 +661,8 @@ def probabilities(logits, seen, sampling):
     logits and seen (B, V). Penalty, temperature (above 0), top_k and top_p apply in this order,
     with the meaning that transformers gives them."""
     logits = penalized(logits, seen, sampling)
-    logits = logits - logits.amax(dim=1, keepdim=True)   # never above 0, never 0/0
+    # the largest is 0 now, so that a tiny temperature cannot make it infinite
+    logits = logits - logits.amax(dim=1, keepdim=True)
     logits = logits / max(sampling.temperature, 1e-20)
     top_k = sampling.top_k
     if top_k is not None and top_k < logits.size(1):
@@ -650,7 +673,7 @@ def probabilities(logits, seen, sampling):
         ordered, order = logits.sort(descending=True)
         shares = ordered.softmax(dim=1)
         likelier = shares.cumsum(dim=1) - shares   # probability of the tokens before
-        beyond = (likelier >= top_p) & (likelier > 0)   # never the likeliest
+        beyond = (likelier >= top_p) & (likelier > 0)   # a top_p that rounds to 0 keeps one token
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
     return logits.softmax(dim=1)
 
@@ -661,7 +684,8 @@ def penalized(logits, seen, sampling):
     if penalty == 1.0:
         return logits
     lower = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, lower.clamp(-1e30, 1e30), logits)   # inf - inf would be no number
+    # finite, as probabilities subtracts the largest logit, and inf - inf is not a number
+    return torch.where(seen, lower.clamp(-1e30, 1e30), logits)
 
 
 def chances(seeds, count):
@@ -672,6 +696,7 @@ def chances(seeds, count):
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         rows.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    # 1 - 2^-24 is the largest fp32 number below 1, to which no draw may be rounded
     return torch.stack(rows).float().clamp(max=1 - 2**-24)
 
 
@@ -681,7 +706,7 @@ def draw(probs, chance):
     mass = probs.to(precise).cumsum(dim=1)                                         # (B, V)
     # right=True: never a token of probability 0
     drawn = torch.searchsorted(mass, chance.to(precise) * mass[:, -1:], right=True)
-    return drawn.clamp(max=probs.size(1) - 1)
+    return drawn.clamp(max=probs.size(1) - 1)   # where rounding took the product to the whole mass
 
 
 # ---- Hugging Face's config and weights -----------------------------------------------------------
@@ -693,7 +718,7 @@ HF_FIELDS = dict(n_positions=('block_size', 1024), vocab_size=('vocab_size', 502
 # settings that every GPT-2 must have
 HF_FIXED = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True,
                 scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-# our activations by Hugging Face's names
+# our activations by Hugging Face's names; its "gelu" is the exact form
 HF_ACTIVATIONS = dict(gelu_new='gelu', gelu_pytorch_tanh='gelu', gelu='gelu_erf', relu2='relu2')
 # matrices that Hugging Face's Conv1D keeps as (in, out)
 HF_TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')

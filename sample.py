@@ -54,7 +54,7 @@ def check_knobs():
              f'{MOST_TOKENS:,} tokens; type --max_new_tokens=500, or fewer --num_samples')
 
 
-def narrow(model, opened):
+def narrow_and_compare(model, opened):
     """Keep the model's matrices in dtype or int8; say what int8 costs on the validation split."""
     if not quantize:
         decoding.narrow(model, dtype)
@@ -147,7 +147,7 @@ def find_sampling():
 def find_step():
     """Return the function that makes a token: a faster GPT.next_token where there is one."""
     if device.startswith('cuda'):
-        return decoding.GraphedStep()
+        return decoding.GraphedSampling()
     if compile:
         return decoding.compiled_step
     return GPT.next_token
@@ -165,19 +165,18 @@ ids = opened.tokenizer.encode(prompt or opened.tokenizer.opening)
 idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                             # (1, T)
 
 dtype = runtime.find_dtype(dtype, device)
-parameters = model.num_params()
+parameters = model.num_params()   # a narrow model has none
 cached_tokens = min(max_new_tokens, model.config.block_size - len(ids))
 pays = decoding.compiling_pays(model, device, dtype, quantize, cached_tokens, num_samples)
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
 model.to(device).eval()
-narrow(model, opened)
+narrow_and_compare(model, opened)
 say(f'{opened.where}, {parameters:,} parameters, '
     f'{decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
 say_limits(len(ids), model.config.block_size)
 
 seeds = [seed + i for i in range(num_samples)]
 chance = chances(seeds, max_new_tokens).to(device)                                   # (B, new)
-precision = 'float32' if device == 'cpu' else dtype   # a narrowed model on a CPU needs no autocast
-with runtime.autocast(device, precision):
-    new_tokens = model.stream(idx, max_new_tokens, sampling, chance, kv_cache, find_step())
-    write_samples(new_tokens, prompt, opened.tokenizer)
+# a generator: each token is computed when write_samples asks for it
+new_tokens = model.stream(idx, max_new_tokens, sampling, chance, kv_cache, find_step())
+write_samples(new_tokens, prompt, opened.tokenizer)

@@ -187,7 +187,7 @@ if ranks > 1 and not sharded:
 training_step = TrainingStep(model, loss_of, optimizers, scaler, grad_clip, device, dtype)
 can_record = device.startswith('cuda') and ranks == 1 and not scaler.is_enabled()
 if cuda_graph and can_record and not grad_checkpointing:
-    training_step = fast.Graphed(training_step, optimizers)
+    training_step = fast.GraphedTraining(training_step, optimizers)
 elif cuda_graph:
     say('note: cuda_graph is for one GPU, without fp16 and grad_checkpointing: '
         'steps are launched as ever')
@@ -359,7 +359,7 @@ def draw_losses():
 
 # ---- one optimizer step --------------------------------------------------------------------------
 
-def load(first):
+def load_batch(first):
     """Return batch_size windows, from number `first` on, on the device: x, y (B, T)."""
     x, y = windows.batch(first, batch_size)
     if device.startswith('cuda'):   # pinned, the copy overlaps with the step before
@@ -386,7 +386,7 @@ def train_one_step():
     share = schedule.share(position)
     optimizers.set_rates(share)
     first = now.step * sequences + rank * micro_steps * batch_size   # this rank's first window
-    batches = [load(first + i * batch_size) for i in range(micro_steps)]
+    batches = [load_batch(first + i * batch_size) for i in range(micro_steps)]
     with out_of_memory_explained():
         loss, grad_norm = training_step(batches)
     if scaler.is_enabled() and not torch.isfinite(grad_norm):

@@ -4,8 +4,10 @@ One token after another, as fast as the memory allows, for sample.py, evaluate.p
 A step of one token uses every weight once, so it takes as long as reading the weights. Three
 things help. `narrow` keeps the weights in bf16, or in int8 with a scale for each row.
 `compiled_step` reads them in loops that keep up with the memory. On a GPU, where launching some
-200 small kernels takes longer than running them, `GraphedStep` replays a step as one CUDA graph.
-Both compute GPT.next_token, and GPT.stream takes them as `step`. Figures: results/sampling/.
+200 small kernels takes longer than running them, `GraphedSampling` replays a step as one CUDA
+graph.
+Both compute GPT.next_token, and GPT.stream takes them as `step`. They serve while the cache does:
+beyond block_size GPT.next_token itself reads the window. Figures: results/sampling/.
 """
 import functools
 import math
@@ -110,12 +112,15 @@ def product_of_words(words, x):
 
 
 def narrow(model, dtype, quantize=''):
-    """Replace a finished model's linear layers, the head among them, by narrow ones, in place.
+    """Prepare a finished model for sampling, in place.
 
-    Embeddings, of which a step reads a row, norms and the residual stream stay in fp32. Autocast
-    casts all matrices at every token, and makes GPT-2 slower in bf16 than in fp32
-    (results/negative.md)."""
-    model.set_attention(attend)
+    All linear layers, the head among them, become narrow, and attention is attend_in_sampling. In
+    float32 only the speed changes. Embeddings, of which a step reads a row, norms and the residual
+    stream stay in fp32.
+    The model casts by itself from then on and must not run under autocast: fp16's would overflow
+    in int8. Autocast also casts all matrices at every token, and makes GPT-2 slower in bf16 than
+    in fp32 (results/negative.md)."""
+    model.set_attention(attend_in_sampling)
     int8 = quantize == 'int8'
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
@@ -127,14 +132,14 @@ def quantize_and_compare(model, dtype, data, device):
     """Narrow a model to int8; return its loss before, in fp32, and after: nats a token.
 
     The loss is that of the same 4,000 tokens or so of data's validation split in every call."""
-    def loss(dtype):
+    def loss():
         block_size = model.config.block_size
         texts = max(1, 4096 // block_size)
         pairs = evaluation_batches(data, 'val', block_size, texts, batches=1)
-        return mean_loss(model, pairs, device, dtype)
-    exact = loss('float32')
+        return mean_loss(model, pairs, device, 'float32')   # without autocast
+    exact = loss()
     narrow(model, dtype, 'int8')
-    return exact, loss(dtype)
+    return exact, loss()
 
 
 def weight_bytes(model):
@@ -148,7 +153,7 @@ def weight_bytes(model):
     return total
 
 
-def attend(q, k, v, dropout=0.0, visible=None):
+def attend_in_sampling(q, k, v, dropout=0.0, visible=None):
     """Return fused_attention, for the single query of a step on a processor by two faster ways.
 
     q (B, nh, 1, hs), k and v (B, nh, S, hs), visible (1, S). In a compiled step two products become
@@ -170,14 +175,14 @@ def attend(q, k, v, dropout=0.0, visible=None):
 
 # ---- compiled steps ------------------------------------------------------------------------------
 
-def compiled_step(model, idx, cache, seen, draws, sampling):
+def compiled_step(model, idx, cache, seen, chance, sampling):
     """Return GPT.next_token, for a single token of one text with the blocks and the head compiled.
 
     The blocks share their code, which takes 4 s for GPT-2 to compile; the whole step as one graph
     takes 40 (results/negative.md). Several tokens or texts at a time stay uncompiled."""
     if idx.numel() > 1 or not cache.length:
-        return model.next_token(idx, cache, seen, draws, sampling)
-    return model.next_token(idx, cache, seen, draws, sampling, run=call_compiled)
+        return model.next_token(idx, cache, seen, chance, sampling)
+    return model.next_token(idx, cache, seen, chance, sampling, run=call_compiled)
 
 
 def call_compiled(module, *inputs):
@@ -204,37 +209,37 @@ def compiling_pays(model, device, dtype, quantize, tokens, rows):
 
 # ---- one CUDA graph a step -----------------------------------------------------------------------
 
-class GraphedStep:
+class GraphedSampling:
     """GPT.next_token, recorded as a CUDA graph whenever the cache grows, else replayed.
 
-    A graph reads and writes the same memory at every replay. The cache, `seen` and `start` stay
-    where they are; the token and its draw are copied to where the graph reads them. On a processor
-    the step runs without a graph, which is how it is tested there."""
+    A graph reads and writes the same memory at every replay. `seen` and the cache's tensors stay
+    where they are. The token and its chance are copied to where the graph reads them. On a
+    processor the step runs without a graph, which is how it is tested there."""
 
     def __init__(self):
         self.recorded = None   # the cache, and its room, that the graph was recorded for
 
-    def __call__(self, model, idx, cache, seen, draws, sampling):
+    def __call__(self, model, idx, cache, seen, chance, sampling):
         if not cache.length:   # the prompt
-            return model.next_token(idx, cache, seen, draws, sampling)
+            return model.next_token(idx, cache, seen, chance, sampling)
         if self.recorded != (cache, cache.room):
-            self.record(model, idx, cache, seen, draws, sampling)
+            self.record(model, idx, cache, seen, chance, sampling)
             self.recorded = (cache, cache.room)
         self.idx.copy_(idx)
-        if draws is not None:
-            self.draws.copy_(draws)
+        if chance is not None:
+            self.chance.copy_(chance)
         self.replay()
         return self.new.clone()
 
-    def record(self, model, idx, cache, seen, draws, sampling):
+    def record(self, model, idx, cache, seen, chance, sampling):
         self.idx = idx.clone()                                                # (B, 1)
-        self.draws = None if draws is None else draws.clone()                 # (B, 1)
+        self.chance = None if chance is None else chance.clone()                 # (B, 1)
 
         def step():
-            self.new = model.next_token(self.idx, cache, seen, self.draws, sampling)
+            self.new = model.next_token(self.idx, cache, seen, self.chance, sampling)
 
         self.replay = step
         if idx.device.type == 'cuda':
-            # compiles and allocates what must not be recorded
+            # loads kernels and allocates workspaces, which must not be recorded
             aside(lambda: [step() for _ in range(3)])
             self.replay = captured(step)

@@ -120,6 +120,11 @@ class Optimizers:
         for part in self.parts:
             part.matrix.grad = part.source.grad[part.rows]
 
+    def unlink_gradients(self):
+        """Take the gradients from Muon's matrices; a view would keep its memory in use."""
+        for part in self.parts:
+            part.matrix.grad = None
+
     def state(self):
         """Return the state dicts, AdamW's first."""
         return [opt.state_dict() for opt in self.all]
@@ -287,9 +292,9 @@ class TrainingStep:
 
     def add_gradient(self, x, y, count):
         """Add a micro-batch's share of the mean gradient of `count`; return its loss."""
-        with autocast(self.device, self.dtype):
-            loss = self.loss_of(x, y)
+        loss = self.loss_of(x, y)
         self.clock('forward')
+        # The backward pass runs in the precision of each forward operation, by itself.
         with torch.autocast(self.device.partition(':')[0], enabled=False):
             self.scaler.scale(loss / count).backward()
         self.clock('backward')
@@ -310,4 +315,5 @@ class TrainingStep:
                 opt.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
+        self.optimizers.unlink_gradients()
         return norm

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 import model as gpt
 from lib import decoding
+from lib.data import Dataset
+from lib.prepare import write_dataset
+from lib.tokenizers import CharTokenizer
 from model import Sampling
 
 # find_compile ignores it likewise, for torch's own imports
@@ -66,6 +69,23 @@ def test_int8_does_not_overflow_in_fp16(rows):
         ours = decoding.NarrowLinear(linear, torch.float16, True)(x)
         expected = F.linear(x, exact(linear), linear.bias)
     assert (ours - expected).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_int8_is_measured_without_fp16s_autocast(folder):
+    """Autocast would cast int8's sums to fp16, in which they overflow."""
+    net = rough(small()).eval()
+    with torch.no_grad():
+        for block in net.transformer.h:   # activations of some thousands between the two
+            block.mlp.c_fc.weight.mul_(3000)
+            block.mlp.c_proj.weight.div_(3000)
+    ids = torch.randint(61, (4000,)).numpy()
+    splits = dict(train=[(ids, 4000)], val=[(ids, 4000)])
+    source = dict(name='random', url=None, sha256='', stand_in=False)
+    letters = ''.join(map(chr, range(60, 121)))
+    write_dataset('data/random', splits, CharTokenizer(letters), source)
+    data = Dataset('random', 'data')
+    exact_loss, lossy_loss = decoding.quantize_and_compare(net, 'float16', data, 'cpu')
+    assert abs(lossy_loss - exact_loss) < 0.5
 
 
 @pytest.mark.processor
@@ -159,7 +179,6 @@ def test_compiled_logits_differ_by_rounding_alone(quantize):
         rows = []
         with torch.inference_mode():
             for i in range(20):
-                cache.make_room(1)
                 rows.append(net.next_logits(idx[:, i:i + 1], cache, run if i else gpt.call))
                 cache.advance(1)
         return torch.cat(rows)
@@ -176,12 +195,12 @@ LENGTHS += [(changes, 20) for changes in KINDS[3:]]
 
 @pytest.mark.parametrize('changes, T', LENGTHS)
 def test_the_step_that_a_graph_records_gives_the_same_text(changes, T):
-    """On a processor GraphedStep runs what it records on a GPU, with the same copies."""
+    """On a processor GraphedSampling runs what it records on a GPU, with the same copies."""
     net = rough(small(**changes)).eval()
     for B, rows in ((1, 1), (1, 3), (2, 2)):
         idx = tokens(B, T)
         chance = gpt.chances(range(rows), 20)
-        step = decoding.GraphedStep()   # records anew for each text
+        step = decoding.GraphedSampling()   # records anew for each text
         for sampling in (
             Sampling(temperature=0),
             Sampling(),
@@ -196,17 +215,17 @@ def test_the_step_that_a_graph_records_gives_the_same_text(changes, T):
 def test_a_graph_is_recorded_when_the_cache_grows(monkeypatch):
     """140 tokens need room for 64, 128 and 140 on a processor, and a graph for each."""
     rooms = []
-    record = decoding.GraphedStep.record
+    record = decoding.GraphedSampling.record
 
     def noted(self, model, idx, cache, *rest):
         rooms.append(cache.room)
         record(self, model, idx, cache, *rest)
 
-    monkeypatch.setattr(decoding.GraphedStep, 'record', noted)
+    monkeypatch.setattr(decoding.GraphedSampling, 'record', noted)
     net = rough(small(block_size=140)).eval()
     chance = gpt.chances([1], 140)
     assert torch.equal(
-        text(net, tokens(1, 5), chance, step=decoding.GraphedStep()),
+        text(net, tokens(1, 5), chance, step=decoding.GraphedSampling()),
         text(net, tokens(1, 5), chance),
     )
     assert rooms == [64, 128, 140]
@@ -214,11 +233,11 @@ def test_a_graph_is_recorded_when_the_cache_grows(monkeypatch):
 
 @pytest.mark.parametrize('idx, words', [
     (torch.tensor([[61]]), 'tokens are 0 to 60'),
-    (torch.empty(1, 0, dtype=torch.long), 'an empty prompt'),
+    (torch.empty(1, 0, dtype=torch.long), 'a prompt of shape'),
 ])
 def test_stream_refuses_a_prompt(idx, words):
     with pytest.raises(ValueError, match=words):
-        text(small(), idx, gpt.chances([1], 3), step=decoding.GraphedStep())
+        text(small(), idx, gpt.chances([1], 3), step=decoding.GraphedSampling())
 
 
 def test_stream_needs_chance_to_draw():
@@ -232,7 +251,8 @@ def test_graph_on_a_gpu(changes):
     net = rough(small(**changes)).eval().cuda()
     idx = tokens(1, 5).cuda()
     chance = gpt.chances([1, 2, 3], 34).cuda()
-    assert torch.equal(text(net, idx, chance, step=decoding.GraphedStep()), text(net, idx, chance))
+    graphed = text(net, idx, chance, step=decoding.GraphedSampling())
+    assert torch.equal(graphed, text(net, idx, chance))
 
 
 def test_compiling_pays_for_many_tokens_of_one_text():

@@ -92,7 +92,7 @@ def test_attention_by_blocks_is_the_formula(T):
         y.backward(upstream)
         return y.detach(), q.grad, k.grad, v.grad
 
-    for ours, formula in zip(run(fast.attend), run(gpt.explicit_attention)):
+    for ours, formula in zip(run(fast.attend_in_training), run(gpt.explicit_attention)):
         assert torch.allclose(ours, formula, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_attention_with_dropout_is_the_formula_with_the_same_mask(T, monkeypatch
     monkeypatch.setattr(fast, 'kept', kept)
     torch.manual_seed(0)
     q, k, v, upstream = random_attention(T)
-    y = fast.attend(q, k, v, 0.3)
+    y = fast.attend_in_training(q, k, v, 0.3)
     gradients = torch.autograd.grad(y, (q, k, v), upstream)
 
     whole_mask = torch.ones(6, T, T)
@@ -146,7 +146,7 @@ def test_long_attention_saves_nothing_quadratic(dropout):
 
         q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            fast.attend(q, k, v, dropout)
+            fast.attend_in_training(q, k, v, dropout)
         return max(sizes)
 
     short = fast.KEEP_WEIGHTS
@@ -165,7 +165,7 @@ def test_attention_is_chosen_by_the_processor(monkeypatch, avx512, dtype, dropou
     """Each kind of processor uses what was faster there. Both ways compute the formula."""
     monkeypatch.setattr(fast, 'cpu_has_avx512', lambda: avx512)
     q, k, v = (torch.randn(2, 3, 16, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-    y = fast.attend(q, k, v, dropout)
+    y = fast.attend_in_training(q, k, v, dropout)
     assert ('BlockAttentionBackward' in operations_behind(y)) == by_blocks
     if not dropout:
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
@@ -304,6 +304,16 @@ def unstacked(optimizer):
     optimizer.param_groups = singles
 
 
+def test_no_gradient_is_held_after_a_step():
+    """Muon's matrices have views of the gradients, which would keep all of them in memory."""
+    net = small()
+    made = muon_of(net)
+    idx = torch.randint(net.config.vocab_size, (2, 8))
+    step_of(net, made)([(idx, idx)])
+    matrices = [part.matrix for part in made.parts]
+    assert matrices and all(p.grad is None for p in [*net.parameters(), *matrices])
+
+
 @pytest.mark.parametrize('change', ['attention', 'dropout module', 'loss', 'muon', 'all'])
 def test_the_loss_curve_stays(change):
     """Compare the losses of twenty steps in float32 with and without a way, to 1e-5.
@@ -316,7 +326,7 @@ def test_the_loss_curve_stays(change):
         if 'all' in changes:
             fast.use_on_processor(net)
         if 'attention' in changes:
-            net.set_attention(fast.attend)
+            net.set_attention(fast.attend_in_training)
         if 'dropout module' in changes:
             net.set_dropout(fast.Dropout)
         made = muon_of(net)
@@ -494,7 +504,7 @@ def capture_like_cuda(step):
 
 @pytest.mark.parametrize('micro_steps', [1, 2])
 def test_a_graphed_step_trains_the_same(micro_steps, monkeypatch):
-    """Compare ten steps with and without Graphed, to the bit, without a GPU.
+    """Compare ten steps with and without GraphedTraining, to the bit, without a GPU.
 
     Rates and batches change while their tensors stay the same ones. The result of a step must not
     change with the next step.
@@ -510,7 +520,8 @@ def test_a_graphed_step_trains_the_same(micro_steps, monkeypatch):
         net = small()
         made = muon_of(net)
         plain = step_of(net, made)
-        with_graph = fast.Graphed(plain, made)   # turns the rates into tensors, for both steps
+        # turns the rates into tensors, for both steps
+        with_graph = fast.GraphedTraining(plain, made)
         step = with_graph if graphed else plain
         losses = []
         for i in range(10):
@@ -532,7 +543,7 @@ def test_a_cuda_graph_trains_the_same():
         made = muon_of(net)
         step = step_of(net, made)
         if graphed:
-            step = fast.Graphed(step, made)
+            step = fast.GraphedTraining(step, made)
         losses = []
         for i in range(10):
             made.set_rates(1 - i / 10)

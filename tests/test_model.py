@@ -474,11 +474,9 @@ def test_cached_logits_equal_full_ones():
     idx = tokens(2, 20)
     cache = gpt.Cache(net.config, 'cpu')
     pieces = []
-    for part in idx.split([7, 1, 1, 8, 3], dim=1):
-        T = part.size(1)
-        cache.make_room(T)
+    for part in idx.split([7] + 13 * [1], dim=1):
         pieces.append(net.hidden(part, cache))
-        cache.advance(T)
+        cache.advance(part.size(1))
     cached = net.lm_head(torch.cat(pieces, 1))
     assert torch.allclose(cached, logits_of(net, idx), atol=1e-5)
 
@@ -661,7 +659,7 @@ def test_impossible_sampling_knobs_are_refused(name, value):
 @pytest.mark.parametrize('idx, words', [
     (torch.tensor([[3, 61]]), 'tokens are 0 to 60'),
     (torch.tensor([[-1, 3]]), 'tokens are 0 to 60'),
-    (torch.zeros(1, 0, dtype=torch.long), 'empty prompt'),
+    (torch.zeros(1, 0, dtype=torch.long), 'a prompt of shape'),
 ])
 def test_impossible_prompts_are_refused(idx, words):
     with pytest.raises(ValueError, match=words):
