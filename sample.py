@@ -168,6 +168,9 @@ dtype = runtime.find_dtype(dtype, device)
 parameters = model.num_params()   # a narrow model has none
 cached_tokens = min(max_new_tokens, model.config.block_size - len(ids))
 pays = decoding.compiling_pays(model, device, dtype, quantize, cached_tokens, num_samples)
+if compile is True and (device != 'cpu' or num_samples > 1 or not kv_cache):
+    say('note: compile=True is for one text on a processor with kv_cache; nothing is compiled')
+    compile = False
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
 model.to(device).eval()
 narrow_and_compare(model, opened)

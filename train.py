@@ -128,7 +128,7 @@ def check_knobs():
 start = starting.starting_point(knobs, given)
 globals().update({**knobs, 'device': device})   # a resumed run's or a pretrained model's settings
 check_knobs()
-config = starting.shape(knobs)
+config = starting.shape(knobs)   # apart from vocab_size, which the data decides
 runtime.check_memory(12 * n_layer * n_embd**2 + block_size * n_embd, batch_size * block_size)
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -246,10 +246,10 @@ def evaluate(batches):
         return mean_loss(predict, pairs, device, dtype)
 
 
-def look():
-    """Check the numbers of the steps since the last look, before a log line and before a save.
+def check_finite():
+    """Fail where a number of the last steps is not finite; checkpoints stay as they are.
 
-    In between a GPU need not wait. Where they are not finite the run ends, and checkpoints stay."""
+    Called before a log line and before a save. In between a GPU need not wait."""
     for step, loss, grad_norm in now.unseen:
         # fp16's overflows skip the update and lower the loss scale
         norm_is_fine = math.isfinite(grad_norm) or scaler.is_enabled()
@@ -270,7 +270,7 @@ def save(name):
     """Write a checkpoint into out_dir, from rank 0; return whether that worked.
 
     A full disk costs this save, not the run."""
-    look()
+    check_finite()
     weights = runtime.whole(model.state_dict())
     states = runtime.whole(optimizers.state())
     if rank != 0:
@@ -294,7 +294,7 @@ def evaluate_and_save(last):
     The best loss is always judged on the same eval_iters batches. The last evaluation takes the
     whole validation split."""
     started = time.perf_counter()
-    look()   # waits for a GPU's last steps, which are training time
+    check_finite()   # waits for a GPU's last steps, which are training time
     now.seconds += time.perf_counter() - started
 
     sample_loss = now.val_loss = evaluate(eval_iters)
@@ -477,7 +477,7 @@ while True:
     now.elapsed = runtime.agree([now.seconds])[0] if max_minutes else now.seconds
     now.val_loss = None
     last = now.step >= max_iters or out_of_time()
-    if now.step % eval_interval == 0 or last:
+    if now.step % eval_interval == 0 or last:   # step 0 too: the loss before training
         last = evaluate_and_save(last)
     if sample_interval and (last or now.step and now.step % sample_interval == 0):
         if rank == 0 or sharded:   # the ranks of a sharded model need each other
@@ -501,7 +501,7 @@ while True:
     share, loss, grad_norm = train_one_step()
     logged = now.step % log_interval == 0 or now.val_loss is not None
     if logged:
-        look()
+        check_finite()
         loss = runtime.total([float(loss)], device)[0] / gradient_accumulation_steps
     now.seconds += time.perf_counter() - started
     if logged:

@@ -218,6 +218,9 @@ class GraphedSampling:
 
     def __init__(self):
         self.recorded = None   # the cache, and its room, that the graph was recorded for
+        self.idx = None        # where the graph reads the token, (B, 1)
+        self.chance = None     # where the graph reads its chance, (B, 1)
+        self.replay = None     # makes the graph's step; returns the new token, (B, 1)
 
     def __call__(self, model, idx, cache, seen, chance, sampling):
         if not cache.length:   # the prompt
@@ -228,15 +231,14 @@ class GraphedSampling:
         self.idx.copy_(idx)
         if chance is not None:
             self.chance.copy_(chance)
-        self.replay()
-        return self.new.clone()
+        return self.replay().clone()   # the next replay writes over it
 
     def record(self, model, idx, cache, seen, chance, sampling):
         self.idx = idx.clone()                                                # (B, 1)
         self.chance = None if chance is None else chance.clone()                 # (B, 1)
 
         def step():
-            self.new = model.next_token(self.idx, cache, seen, self.chance, sampling)
+            return model.next_token(self.idx, cache, seen, self.chance, sampling)
 
         self.replay = step
         if idx.device.type == 'cuda':
