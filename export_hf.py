@@ -70,8 +70,8 @@ try:
     os.makedirs(to, exist_ok=True)
     move_files(part, to)
 except ValueError as error:
-    fail(f'{opened.where}: {error}; only GPT-2 itself can be exported: '
-         f'pos=learned, norm=pre, residual=True, qk_norm=False')
+    fail(f'{opened.where}: {error}; only GPT-2 itself can be exported; '
+         f'train a model with pos=learned, norm=pre, residual=True, qk_norm=False for that')
 except OSError as error:
     fail(f'--to={to} cannot be written ({error.strerror or error}); make room, '
          f'or type --to=FOLDER for another place')

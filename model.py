@@ -29,6 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+# docs/files.md says what changes with a new one
 ACTIVATIONS = dict(gelu=lambda x: F.gelu(x, approximate='tanh'),   # as GPT-2 was trained
                    gelu_erf=F.gelu,                                # exact, nanoGPT's
                    relu2=lambda x: F.relu(x).square())
@@ -527,7 +528,8 @@ class GPT(nn.Module):
             if getattr(c, name) != needed:
                 other.append(f'{name}={getattr(c, name)!r}')
         if c.activation not in HF_ACTIVATIONS.values():
-            other.append(f'activation={c.activation!r}')
+            raise ValueError(f'activation={c.activation!r} has no name in HF_ACTIVATIONS; allowed '
+                             f'are {", ".join(HF_ACTIVATIONS.values())}')
         if other:
             raise ValueError(f"GPT-2 has no {', '.join(other)}: "
                              f"Hugging Face's GPT2LMHeadModel would compute something else")
@@ -785,7 +787,8 @@ def read_hf_weights(name, folder):
 def hf_config(config):
     """Return the content of config.json for a GPTConfig that GPT-2 can express."""
     end = end_of_text(config)
-    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}   # the first counts
+    # reversed: of two names for one function, the first stays
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
     hf = {theirs: getattr(config, ours) for theirs, (ours, _) in HF_FIELDS.items()}
     return hf | HF_FIXED | dict(
         model_type='gpt2', architectures=['GPT2LMHeadModel'], bos_token_id=end, eos_token_id=end,

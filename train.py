@@ -203,7 +203,8 @@ tokens_per_step = sequences * block_size
 class Progress:
     """What changes from step to step, apart from the model and its optimizers."""
     step: int = 0                   # optimizer steps made
-    seconds: float = 0.0            # training time of this rank, without evaluations and saves
+    # training time of this rank, without evaluations, saves, samples and log lines
+    seconds: float = 0.0
     elapsed: float = 0.0            # the slowest rank's seconds, on which all ranks agree
     skipped: int = 0                # steps without an update, because fp16 overflowed
     best_val_loss: float = math.inf
@@ -396,7 +397,9 @@ def train_one_step():
 
 
 def log_step(share, loss, grad_norm):
-    """Say a line and write a row of log.csv. loss: the mean over all ranks, nats per token."""
+    """Say a line and write a row of log.csv. loss: the mean over all ranks, nats per token.
+
+    All ranks call it, and only rank 0's row is written. Its time is not training time."""
     steps = now.step + 1 - now.logged_step
     spent = now.seconds - now.logged_seconds
     tok_per_s = steps * tokens_per_step / spent

@@ -268,7 +268,11 @@ def build_model(loaded, path, **overrides):
             name = str(name).removeprefix('module.').removeprefix('_orig_mod.')
             weights[name] = weight
     try:
-        return GPT.with_weights(GPTConfig(**args), weights)
+        config = GPTConfig(**args)
+    except (ValueError, TypeError) as error:
+        fail(f'{path}: this version has no such model ({error}); {another}')
+    try:
+        return GPT.with_weights(config, weights)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         fail(f'{path}: its weights do not fit its model_args ({str(error)[:300]}); {another}')
 

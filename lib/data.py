@@ -26,7 +26,7 @@ from lib.tokenizers import load_tokenizer
 # they are read.
 VERIFY_BELOW = 64 << 20
 RELEASE_AFTER = 256 << 20   # bytes read from the files before their pages are given back
-PREPARE = {
+HOW_TO_MAKE = {
     'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
     'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
     'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2',
@@ -131,7 +131,7 @@ def how_to_make(name, tokenizer='char', data_dir='data'):
 
     tokenizer: the kind to advise for a dataset of the user's own text."""
     own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
-    command = PREPARE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
+    command = HOW_TO_MAKE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
     if data_dir != 'data':
         command += f' --data_dir={shlex.quote(data_dir)}'
     return command

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.console import fail, tell
-from lib.data import PREPARE, find_dataset, missing, shards_of
+from lib.data import HOW_TO_MAKE, find_dataset, missing, shards_of
 from lib.tokenizers import token_sizes
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the scripts' folder
@@ -441,7 +441,7 @@ def prepare_missing(name, data_dir, prepare):
 
 def _dataset_made_by(prepare):
     """Return the name of the known dataset that a prepare script with its flags makes, or None."""
-    for name, command in PREPARE.items():
+    for name, command in HOW_TO_MAKE.items():
         if f'python {prepare}'.startswith(command):
             return name
     return None

@@ -72,8 +72,8 @@ def set_best_aside(out_dir):
 class RunLog:
     """A run's log.csv, and the trackers that get its rows too.
 
-    A log that has not begun drops its rows: on all ranks but one it never begins."""
-    # columns and how their values are written
+    Only rank 0 begins it. On other ranks `row` does nothing."""
+    # {name: format} in the order of log.csv; docs/files.md says what changes with a new one
     columns = dict(iter='d', tokens='d', train_loss='.6f', val_loss='.6f', lr='.6g',
                    grad_norm='.6g', tok_per_s='.0f', seconds='.3f')
 
@@ -105,6 +105,7 @@ class RunLog:
             if step is not None:
                 before = [row for row in read_log(self.path) if int(row['iter']) < step]
             with open(self.path + '.part', 'w', newline='', encoding='utf-8') as f:
+                # a column that only another version has is dropped
                 writer = csv.DictWriter(f, self.columns, extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(before)
@@ -117,7 +118,7 @@ class RunLog:
                  f'or type --out_dir=FOLDER for another place')
 
     def row(self, **values):
-        """Append one row; a column without a value, or with None, stays empty."""
+        """Append one row. values: named in `columns`; one that is missing or None stays empty."""
         if not self.lock:
             return
         row = {}

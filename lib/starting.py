@@ -44,7 +44,7 @@ def open_model(init_from, out_dir, checkpoint, data_dir, given):
     """Return a script's model as an Opened.
 
     init_from='resume' stands for the file `checkpoint`, or else for the best model in out_dir that
-    was trained. Other values are from_hub's names. given: the knobs that were typed, as configure
+    was trained. Other values are from_hub's names. given: the knobs that were set, as configure
     returns them."""
     if init_from != 'resume':
         model, tokenizer = from_hub(init_from, dropout=0.0)
@@ -82,7 +82,7 @@ def data_dirs_of(knobs, path, data_dir, given):
     """Return the folders that may hold the dataset of a run, in the order to look.
 
     knobs: the run's. path: the run's checkpoint file. data_dir: the script's knob. given: the knobs
-    that were typed; a data_dir that was typed is the only folder. A relative data_dir of the run is
+    that were set; a data_dir that was set is the only folder. A relative data_dir of the run is
     also tried from the folder that out_dir was in, from the run's folder, and from its parent."""
     if 'data_dir' in given:
         return [data_dir]
@@ -245,9 +245,9 @@ class Start:
 def starting_point(knobs, given):
     """Return the Start of a training run, and settle its knobs in place.
 
-    A resumed run keeps its knobs, apart from those typed now and those of MACHINE. A model that is
-    trained further keeps its shape; fail where a knob that was typed says otherwise. given: the
-    knobs that were typed."""
+    A resumed run keeps its knobs, apart from those set now and those of MACHINE. A model that is
+    trained further keeps its shape; fail where a knob that was set says otherwise. given: the
+    knobs that were typed or assigned by a config."""
     # whether torchrun --max-restarts has restarted this process, because a rank has died
     restarted = runtime.agree([int(runtime.started_before())])[0]
     if restarted and os.path.exists(os.path.join(knobs['out_dir'], 'last.pt')):

@@ -6,7 +6,7 @@ A tokenizer has
     encode(text)        the text's token ids, an int array
     decode(ids)         the tokens' bytes
     state()             plain data, from which load_tokenizer makes the tokenizer again
-    opening             the text that generation begins with where there is no prompt
+    opening             the prompt where the user gives none
     end                 the token that ends a text, or None
 """
 import functools

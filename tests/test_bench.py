@@ -16,7 +16,8 @@ SAMPLE = [
 ]
 TRAIN = ['bench.py', 'train', '--quick', '--net=0.8M', '--device=cpu']
 
-# A model.py with nanoGPT's interface. nanoGPT itself is measured by hand: see results/speed.md.
+# A model.py with nanoGPT's interface. nanoGPT itself is measured by hand:
+# see results/speed.md and results/sampling/.
 NANOGPT = '''
 from dataclasses import dataclass
 import torch

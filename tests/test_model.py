@@ -626,7 +626,7 @@ def test_a_top_k_above_the_vocabulary_keeps_every_token():
     (dict(n_layer=-1), ['n_layer=-1']),
     (dict(pos='sin'), ["'sin'", 'learned, rope, none']),
     (dict(norm='rms'), ['pre, post, none']),
-    (dict(activation='silu'), ['gelu, gelu_erf, relu2']),
+    (dict(activation='nonsense'), [', '.join(gpt.ACTIVATIONS)]),
     (dict(dropout=1.0), ['below 1']),
     (dict(layer_drop=0.1, residual=False), ['residual']),
     (dict(pos='rope', n_head=16), ['odd', 'even']),
