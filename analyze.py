@@ -761,7 +761,7 @@ where = re.sub('[\ud800-\udfff]', '\ufffd', opened.where)   # a folder's name ne
 check_model()
 data, why_not = open_data()
 text = read_text()
-set_up(device, 'float32', False)
+set_up(device, 'float32', False, exact=True)
 model.to(device).eval()
 folder = pages_folder()
 place = open_place()   # where a temporary folder can be made and then renamed

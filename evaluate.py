@@ -126,7 +126,7 @@ data = open_data(opened)
 
 if dtype == 'auto':
     dtype = 'float32'
-dtype, compile = runtime.set_up(device, dtype, compile)
+dtype, compile = runtime.set_up(device, dtype, compile, exact=True)
 model.to(device).eval()
 say(f'{opened.where}, {model.num_params():,} parameters; {split} of {data.folder}, windows of '
     f'{model.config.block_size}, stride {stride or model.config.block_size}')

@@ -704,11 +704,16 @@ def chances(seeds, count):
 
 def draw(probs, chance):
     """Return the token (B, 1) at which the running sum of probs (B, V) passes chance (B, 1)."""
-    precise = torch.float32 if probs.device.type == 'mps' else torch.float64   # MPS has no float64
+    device = probs.device
+    precise = torch.float32 if device.type == 'mps' else torch.float64   # MPS has no float64
+    if torch.are_deterministic_algorithms_enabled():   # a GPU's cumsum is not, and would raise
+        probs = probs.cpu()
+        chance = chance.cpu()
     mass = probs.to(precise).cumsum(dim=1)                                         # (B, V)
     # right=True: never a token of probability 0
     drawn = torch.searchsorted(mass, chance.to(precise) * mass[:, -1:], right=True)
-    return drawn.clamp(max=probs.size(1) - 1)   # where rounding took the product to the whole mass
+    # rounding may have taken the product to the whole mass
+    return drawn.clamp(max=probs.size(1) - 1).to(device)
 
 
 # ---- Hugging Face's config and weights -----------------------------------------------------------

@@ -145,6 +145,9 @@ windows = TrainingWindows(data, 'train', block_size, seed)
 next(evaluation_batches(data, 'val', block_size, 1))   # fails now if there is nothing to evaluate
 
 dtype, compile = runtime.set_up(device, dtype, compile, deterministic)
+if dropout:
+    # Some of cuDNN's kernels round the rate to sixteenths (pytorch PR #174245).
+    torch.backends.cuda.enable_cudnn_sdp(False)
 if not eval_only:
     run_folder.open_folder(out_dir, rank)
 
@@ -163,10 +166,14 @@ else:
 model.drawable = data.vocab_size
 parameters = model.num_params()
 flops_per_token = model.flops_per_token()
-model.to(device)
 sharded = shard and ranks > 1
 if sharded:
-    runtime.shard(model, ranks, device)
+    if compile:   # FSDP2's hooks would break the graph of a whole model at every block
+        for block in model.transformer.h:
+            block.compile()
+    runtime.shard(model, ranks, device, dtype)
+else:
+    model.to(device)
 if device == 'cpu':
     fast.use_on_processor(model)
 
@@ -178,12 +185,12 @@ scaler = torch.amp.GradScaler(device.partition(':')[0], enabled=dtype == 'float1
 
 loss_of = fast.TrainingLoss(model, lean=not sharded)   # what training minimizes
 predict = model                                        # what evaluations call
-if compile:
+if compile and not sharded:
     loss_of = torch.compile(loss_of)
     predict = torch.compile(model)
 if ranks > 1 and not sharded:
     gpus = [device] if device.startswith('cuda') else None
-    loss_of = DistributedDataParallel(loss_of, device_ids=gpus)
+    loss_of = DistributedDataParallel(loss_of, device_ids=gpus, gradient_as_bucket_view=True)
 training_step = TrainingStep(model, loss_of, optimizers, scaler, grad_clip, device, dtype)
 can_record = device.startswith('cuda') and ranks == 1 and not scaler.is_enabled()
 if cuda_graph and can_record and not grad_checkpointing:
@@ -318,10 +325,10 @@ def evaluate_and_save(last):
     elif last and target_loss:
         limit = f'max_minutes={max_minutes:g}' if out_of_time() else f'max_iters={max_iters}'
         say(f'target_loss={target_loss:g} was not reached in {limit}')
-    if improved:
-        save('best.pt')
     if improved or last or reached or always_save_checkpoint:
         save_last()
+    if improved and now.saved and rank == 0:   # the same file under a second name
+        checkpoint.copy(last_path, os.path.join(out_dir, 'best.pt'))
     return last or reached
 
 

@@ -6,3 +6,4 @@ dataset = 'shakespeare'
 prepare = 'prepare_shakespeare.py --tokenizer=gpt2'   # run when the data is missing
 eval_only = True
 batch_size = 4
+compile = False   # compiling takes longer than one pass over the split

@@ -12,6 +12,7 @@ always_save_checkpoint = False   # a few steps overfit, so best.pt is the result
 learning_rate = 3e-5
 decay_lr = False
 warmup_iters = 0
+compile = False   # compiling takes longer than 20 steps
 
 if device == 'cpu':
     block_size = 256      # the first 256 of GPT-2's 1,024 positions

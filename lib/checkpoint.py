@@ -24,6 +24,7 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import warnings
 from dataclasses import fields
 
@@ -147,6 +148,24 @@ def _link(path, name):
         os.replace(name + '.part', name)
     except OSError:
         os.replace(path, name)
+
+
+def copy(path, name):
+    """Give a checkpoint a second name; say so where that fails, and leave what had the name.
+
+    The two names share one file, which costs no time and no room; save never writes into a file
+    that exists. Where the file system has no links, copy the file."""
+    part = name + '.part'
+    try:
+        if os.path.exists(part):
+            os.remove(part)
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        os.replace(part, name)
+    except OSError as error:
+        say(f'{name} could not be written ({error.strerror})')
 
 
 def sync_folder(folder):

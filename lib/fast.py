@@ -13,12 +13,15 @@ import platform
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lib.runtime import aside, captured, cpu_has_avx512
 from model import ACTIVATIONS, fused_attention
 
 KEEP_WEIGHTS = 512     # tokens up to which attention keeps its weights for the backward pass
-ROW_ELEMENTS = 2**22   # logits that the loss holds in fp32 at a time: 16 MB may fit the cache
+# Logits that the loss holds in fp32 at a time. 16 MB may fit a processor's cache. A GPU has no use
+# for small pieces, and launches some 25 kernels for each.
+ROW_ELEMENTS = dict(cpu=2**22, cuda=2**28)
 
 
 def use_on_processor(model):
@@ -237,6 +240,10 @@ class TrainingLoss(nn.Module):
             return self.model(idx, targets)[1]
         logits = self.model.lm_head(self.model.hidden(idx))               # (B, T, V)
         smoothing = self.model.config.label_smoothing
+        if logits.dtype == torch.float16:
+            # A gradient in fp16 must be scaled before it is rounded, and here it is not yet.
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                   ignore_index=-1, label_smoothing=smoothing)
         return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), smoothing)
 
 
@@ -249,7 +256,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, smoothing):
         V = logits.size(1)
-        n = max(1, ROW_ELEMENTS // V)   # rows at a time
+        n = max(1, ROW_ELEMENTS.get(logits.device.type, 2**22) // V)   # rows at a time
         valid = targets >= 0
         loss = 0.0
         for rows, target, mask in zip(logits.split(n), targets.split(n), valid.split(n)):
@@ -257,7 +264,8 @@ class CrossEntropy(torch.autograd.Function):
             target = target.clamp(min=0)[:, None]                         # (n, 1)
             log_sum = z.logsumexp(dim=1, keepdim=True)                    # (n, 1)
             nats = log_sum - (1 - smoothing) * z.gather(1, target)        # (n, 1)
-            nats = nats - smoothing * z.mean(dim=1, keepdim=True)
+            if smoothing:
+                nats = nats - smoothing * z.mean(dim=1, keepdim=True)
             loss = loss + (nats[:, 0] * mask).sum()
             gradient = (z - log_sum).exp_().sub_(smoothing / V)           # (n, V)
             gradient.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1))
@@ -290,7 +298,7 @@ class Graphed:
         self.replay = None
         for opt in optimizers.all:
             for group in opt.param_groups:
-                device = group['params'][0].device
+                device = next(step.model.parameters()).device   # a group may be empty
                 group['lr'] = torch.tensor(float(group['lr']), device=device)
                 if 'capturable' in group:
                     group['capturable'] = device.type == 'cuda'

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lib.console import fail
-from lib.runtime import autocast, cpu_has_bf16, is_sharded
+from lib.runtime import autocast, has_bf16, is_sharded
 
 # Muon's polynomials a s + b s^3 + c s^5 of the singular values s, one for each iteration (the polar
 # express, arXiv 2505.16932). Each is the nearest to 1 on the interval to which the earlier ones map
@@ -95,7 +95,7 @@ class Optimizers:
             group['params'] = [p for p in group['params'] if id(p) not in muons]
         self.all = [torch.optim.AdamW(groups, lr=peaks[0], betas=betas, fused=device != 'mps')]
         if self.parts:
-            precise = device == 'cpu' and not cpu_has_bf16()
+            precise = not has_bf16(device)
             matrices = [part.matrix for part in self.parts]
             self.all.append(Muon(matrices, precise, lr=peaks[1], weight_decay=weight_decay))
         for opt, peak in zip(self.all, peaks):
@@ -199,8 +199,8 @@ def sharded_like(param, value):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with all matrices of one shape orthogonalized together.
 
-    For 4 layers of width 128 on two cores: 13 instead of 24 ms. precise: multiply in fp32, as a
-    processor that only emulates bf16 takes five times as long for it."""
+    For 4 layers of width 128 on two cores: 13 instead of 24 ms. precise: multiply in fp32, where
+    bf16 is emulated; on a processor that takes five times as long."""
 
     def __init__(self, params, precise=False, **settings):
         super().__init__(params, **settings)
@@ -220,9 +220,10 @@ class Muon(torch.optim.Muon):
         """Update parameters of one shape (rows, columns)."""
         rows, columns = params[0].shape
         grads = [p.grad for p in params]
-        averages = []
         for p in params:
-            averages.append(self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)))
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        averages = [self.state[p]['momentum_buffer'] for p in params]
         torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
         ahead = torch._foreach_lerp(grads, averages, group['momentum'])   # Nesterov's look ahead
         x = torch.stack(ahead)                                            # (n, rows, columns)

@@ -5,6 +5,7 @@ What a script asks of the machine: device, precision, compilation, memory, ranks
 """
 import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -28,21 +29,24 @@ from lib.console import fail, say, write
 # Peak of dense bf16 products, of fp16 ones before Ampere, in FLOP/s, from NVIDIA's data sheets.
 # The first name that fits counts, so a longer name comes before a shorter one.
 PEAK_FLOPS = {
-    'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12,
+    'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12,
+    'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A40': 150e12, 'A6000': 155e12,
     'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12,
     'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
 # ---- device, precision, compilation --------------------------------------------------------------
 
-def set_up(device, dtype, compile, deterministic=False, pays=None):
+def set_up(device, dtype, compile, deterministic=False, exact=False, pays=None):
     """Set torch's switches for a device; return (dtype, compile) without 'auto', and print them.
 
-    deterministic: repeat every bit from run to run. pays: see find_compile."""
+    deterministic: repeat every bit from run to run. exact: multiply float32 in full precision, for
+    scripts whose figures count. pays: see find_compile."""
     dtype = find_dtype(dtype, device)
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)   # the device on which streams and CUDA graphs are made
-    torch.set_float32_matmul_precision(_fp32_products(device, deterministic))
+    precision = 'highest' if deterministic else _fp32_products(device, exact)
+    torch.set_float32_matmul_precision(precision)
     torch.set_flush_denormal(True)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS needs it to repeat
@@ -59,16 +63,15 @@ def set_up(device, dtype, compile, deterministic=False, pays=None):
     return dtype, compile
 
 
-def _fp32_products(device, deterministic):
+def _fp32_products(device, exact):
     """Return torch's word for the precision of fp32 matrix products."""
-    if deterministic:
-        return 'highest'
     if device.startswith('cuda'):
-        return 'high'   # TF32
-    # On AMD processors this means oneDNN instead of MKL's generic path, still in fp32: 1.2 times as
-    # fast for larger nets, no faster for the smallest (results/speed.md). On a Xeon with AMX the
-    # products are rounded to bf16 (pytorch PR #116015).
-    return 'medium'
+        return 'highest' if exact else 'high'   # TF32
+    # On AMD processors 'medium' means oneDNN instead of MKL's generic path, still in fp32: 1.2
+    # times as fast for larger nets, no faster for the smallest (results/speed.md). On a Xeon with
+    # AMX products are rounded to bf16 (pytorch PR #116015).
+    rounds = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+    return 'highest' if exact and rounds else 'medium'
 
 
 def find_device(name):
@@ -132,13 +135,18 @@ def find_dtype(name, device):
              f'allowed on {device} are float32 and bfloat16; type --dtype=auto')
     if name != 'auto':
         return name
+    if has_bf16(device):
+        return 'bfloat16'
+    return 'float16' if device.startswith('cuda') else 'float32'
+
+
+def has_bf16(device):
+    """Return whether a device multiplies bf16 in hardware, as far as is known."""
     if device.startswith('cuda'):
         # is_bf16_supported() is also true where bf16 is emulated (pytorch #148322)
         major, _ = torch.cuda.get_device_capability(device)
-        return 'bfloat16' if major >= 8 else 'float16'
-    if device == 'cpu' and cpu_has_bf16():
-        return 'bfloat16'
-    return 'float32'
+        return major >= 8
+    return device == 'cpu' and cpu_has_bf16()
 
 
 def cpu_has_bf16():
@@ -292,6 +300,8 @@ def wait(device):
     """Wait until a GPU has done all its work; return the time in seconds."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
+    elif device == 'mps':
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -360,11 +370,17 @@ def lock(folder):
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
+@functools.cache
+def side_stream(device):
+    """Return a stream of a GPU, the same in every call: torch keeps a pool of memory for each."""
+    return torch.cuda.Stream(device)
+
+
 def aside(step):
     """Call step on a stream of its own; return its result.
 
     torch.cuda.graph asks for such a call before it captures the step."""
-    stream = torch.cuda.Stream()
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = step()
@@ -409,6 +425,9 @@ def join_ranks(backend, device):
                  f'type --nproc_per_node={count}')
         device = f'cuda:{local}'
         torch.cuda.set_device(device)
+    if device == 'mps':   # gloo has no collectives for it
+        fail('device=mps: several ranks cannot share an Apple GPU; allowed are cpu and cuda; '
+             'type --device=cpu')
     backends = 'gloo'
     if device.startswith('cuda') and backend != 'gloo':
         backends = 'cpu:gloo,cuda:nccl'   # with gloo, agree() does not wait for the GPU
@@ -523,15 +542,25 @@ def agree(values):
     return largest.tolist()
 
 
-def shard(model, ranks, device):
-    """Split parameters, gradients and optimizer states over the ranks (FSDP2), block by block."""
-    # imported here: torch.distributed.fsdp takes half a second
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def shard(model, ranks, device, dtype):
+    """Split parameters, gradients and optimizer states over the ranks (FSDP2), block by block.
 
-    mesh = dist.init_device_mesh(device.partition(':')[0], (ranks,))
+    The model may be on the CPU: each block moves to the device when it is split, so that no GPU
+    ever holds all of the model. On GPUs in bf16 the ranks gather parameters in bf16, half the
+    bytes, and sum gradients in fp32. The residual stream is in bf16 then."""
+    # imported here: torch.distributed.fsdp takes half a second
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    settings = dict(mesh=dist.init_device_mesh(device.partition(':')[0], (ranks,)))
+    if device.startswith('cuda') and dtype == 'bfloat16':
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
     # sampling calls `hidden`, which must gather the parameters as forward does
     register_fsdp_forward_method(model, 'hidden')
 
@@ -544,11 +573,12 @@ def is_sharded(value):
 
 
 def whole(tree):
-    """Return a state dict with every sharded tensor gathered, on the CPU.
+    """Return a state dict with every sharded tensor gathered, on the CPU of rank 0.
 
-    All ranks must call it together."""
+    All ranks must call it together. On other ranks the tensors become None."""
     if is_sharded(tree):
-        return tree.full_tensor().cpu()
+        gathered = tree.full_tensor()
+        return gathered.cpu() if dist.get_rank() == 0 else None
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list):
