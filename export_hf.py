@@ -70,8 +70,8 @@ try:
     os.makedirs(to, exist_ok=True)
     move_files(part, to)
 except ValueError as error:
-    fail(f'{opened.where}: {error}; only GPT-2 itself can be exported; '
-         f'train a model with pos=learned, norm=pre, residual=True, qk_norm=False for that')
+    fail(f'{opened.where}: {error}; transformers reads GPT-2 alone; type --checkpoint=FILE for a '
+         f'model with the defaults pos=learned, norm=pre, residual=True, qk_norm=False')
 except OSError as error:
     fail(f'--to={to} cannot be written ({error.strerror or error}); make room, '
          f'or type --to=FOLDER for another place')

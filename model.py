@@ -1,10 +1,11 @@
 """
-GPT-2, the whole of it, in one file that needs torch alone: copy it anywhere and it works.
+GPT-2, the whole of it, in one file. Copy it anywhere: it needs torch alone, and safetensors and
+huggingface_hub for Hugging Face's files.
 
 The letters used below and in every shape:
     B  batch, sequences side by side           C   n_embd, the width of a token's vector
-    T  time, tokens in this call               nh  n_head, heads in a layer
-    S  keys: T, or those a cache has room for  hs  head size, C / nh
+    T  time, tokens in this call               nh  n_head, heads in a block
+    S  keys: T, or the places in a cache       hs  head size, C / nh
     V  vocab_size
 
     idx (B, T) -> wte + wpe (B, T, C) -> n_layer blocks -> ln_f -> lm_head -> logits (B, T, V)
@@ -12,10 +13,12 @@ The letters used below and in every shape:
 The logits at a position are the model's guess of the next token. Tokens meet each other in one
 place only, the attention. All other layers work on each position alone. Names are those of GPT-2's
 released weights and of Hugging Face's GPT2LMHeadModel: wte embeds tokens, wpe positions, h are the
-blocks, c_attn makes queries, keys and values, c_proj leads back to the width C, ln is a norm.
+blocks, c_attn and c_fc are the first matrices of attention and MLP, c_proj the last ones, ln is a
+layer norm, and lm_head turns C numbers into V logits.
 
-In reading order: the config, attention, MLP, block, GPT. Behind them are the functions that GPT's
-methods use: the cache and the choice of a token for sampling, Hugging Face's files, the checks.
+In reading order: the config, attention, MLP, block, GPT. A first reading can end after GPT.hidden.
+After the class come the functions that its methods use: the cache and the choice of a token for
+sampling, Hugging Face's files, the checks.
 """
 import contextlib
 import glob
@@ -29,7 +32,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# docs/files.md says what changes with a new one
+# To add an activation, see docs/files.md.
 ACTIVATIONS = dict(gelu=lambda x: F.gelu(x, approximate='tanh'),   # as GPT-2 was trained
                    gelu_erf=F.gelu,                                # exact, nanoGPT's
                    relu2=lambda x: F.relu(x).square())
@@ -42,7 +45,7 @@ class GPTConfig:
     Raises ValueError for a shape that cannot exist."""
     block_size: int = 1024       # tokens of context
     vocab_size: int = 50257      # different tokens
-    n_layer: int = 12            # blocks; 0 leaves embedding, norm and head, a bigram model
+    n_layer: int = 12            # blocks; with 0 and pos='none' the model is a bigram
     n_head: int = 12             # attention heads in a block
     n_embd: int = 768            # width
     dropout: float = 0.0         # share of activations dropped in training
@@ -92,6 +95,12 @@ def fused_attention(q, k, v, dropout=0.0, visible=None):
 
 
 class CausalSelfAttention(nn.Module):
+    """Let each token take something from the tokens before it.
+
+    A token's query is compared with the key of every earlier token and its own. The better they
+    match, the more of that token's value it takes. The nh heads do this apart from each other, on
+    hs numbers each."""
+
     def __init__(self, config):
         super().__init__()
         qkv_bias = config.bias and config.qkv_bias
@@ -100,7 +109,7 @@ class CausalSelfAttention(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.qk_norm = config.qk_norm
-        # On a CPU lib/fast.py (training) and lib/decoding.py (sampling) set another function.
+        # lib/fast.py (training on a CPU) and lib/decoding.py (sampling) set another function.
         self.attention = fused_attention if config.flash else explicit_attention
 
     def forward(self, x, rope=None, cache=None):
@@ -152,12 +161,14 @@ def rope_table(config):
 # ---- the other layers ----------------------------------------------------------------------------
 
 class MLP(nn.Module):
+    """Change each token's vector by itself: to four times the width, bend it, and back."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
-        self.activation = ACTIVATIONS[config.activation]   # lib/fast.py sets another on a CPU
+        self.activation = ACTIVATIONS[config.activation]   # lib/fast.py has a faster gelu
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""
@@ -167,6 +178,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Add what attention and then the MLP find to the stream of vectors x."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = layer_norm(config)
@@ -186,9 +199,9 @@ class Block(nn.Module):
         x = self.branch(x, self.ln_1, lambda y: self.attn(y, rope, cache))
         return self.branch(x, self.ln_2, self.mlp)
 
-    def branch(self, x, norm, layer):
-        """Return x + layer(norm(x)) with the config's changes to it; (B, T, C) -> (B, T, C)."""
-        y = layer(norm(x) if self.norm == 'pre' else x)
+    def branch(self, x, norm, sublayer):
+        """Return x + sublayer(norm(x)) with the config's changes to it; (B, T, C) -> (B, T, C)."""
+        y = sublayer(norm(x) if self.norm == 'pre' else x)
         if self.layer_drop and self.training:   # scaled up so that the mean stays the same
             keep = torch.rand(x.size(0), 1, 1, device=x.device) >= self.layer_drop     # (B, 1, 1)
             y = y * keep / (1 - self.layer_drop)
@@ -204,7 +217,7 @@ def layer_norm(config):
 
 
 def call(module, *inputs):
-    """Return module(*inputs): how blocks and the head are called, unless they are compiled.
+    """Return module(*inputs): how hidden calls a block, and next_logits the head.
 
     lib/decoding.py passes a function that calls their compiled code in place of this one."""
     return module(*inputs)
@@ -217,6 +230,7 @@ class GPT(nn.Module):
         # Tokens that sampling may draw. Scripts lower it to the tokenizer's number of tokens where
         # vocab_size is rounded up for speed.
         self.drawable = config.vocab_size
+        # Placeholders keep the modules in GPT-2's order.
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Identity(),
@@ -274,11 +288,11 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit block_size={self.config.block_size}; '
                              f'pass the last ones')
-        position = slice(0, T)
-        layers = [None] * self.config.n_layer
+        position = slice(0, T)   # a slice or a tensor: both can index rows
+        caches = [None] * self.config.n_layer
         if cache is not None:
             position = cache.begin(T)                                              # (T,)
-            layers = cache.layers
+            caches = cache.layers
         x = self.transformer.wte(idx)                                              # (B, T, C)
         if self.config.pos == 'learned':
             x = x + self.transformer.wpe.weight[position]
@@ -286,8 +300,8 @@ class GPT(nn.Module):
         rope = None
         if self.config.pos == 'rope':
             rope = self.rope[:, position]                                          # (2, T, 1, hs)
-        for block, layer_cache in zip(self.transformer.h, layers):
-            if self.config.grad_checkpointing and self.training:
+        for block, layer_cache in zip(self.transformer.h, caches):
+            if self.config.grad_checkpointing and self.training:   # training has no cache
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = run(block, x, rope, layer_cache)
@@ -296,7 +310,7 @@ class GPT(nn.Module):
     # ---- other ways to compute the same: see lib/fast.py, decoding.py and inside.py -------------
 
     def set_attention(self, attention):
-        """Let all blocks, or for {layer: function} some, compute attention with another function.
+        """Give all blocks another attention function, or some blocks with {number: function}.
 
         attention(q, k, v, dropout=0.0, visible=None) must return what fused_attention returns."""
         if not isinstance(attention, dict):
@@ -305,7 +319,7 @@ class GPT(nn.Module):
             self.transformer.h[layer].attn.attention = function
 
     @contextlib.contextmanager
-    def attention_set(self, attention):
+    def using_attention(self, attention):
         """Call set_attention for the length of a `with` block."""
         before = {i: block.attn.attention for i, block in enumerate(self.transformer.h)}
         try:
@@ -320,9 +334,9 @@ class GPT(nn.Module):
             block.mlp.activation = activation
 
     def set_dropout(self, kind):
-        """Let modules of another class than nn.Dropout draw the masks.
+        """Replace every nn.Dropout by kind(p).
 
-        Attention draws its own masks for its weights."""
+        The attention functions draw the masks of attention's weights themselves."""
         self.drop = kind(self.drop.p)
         for block in self.transformer.h:
             block.attn.drop = kind(block.attn.drop.p)
@@ -346,7 +360,7 @@ class GPT(nn.Module):
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         device = 'cpu' if generator is None else generator.device
         first_seed = 0
-        if temperature:
+        if temperature:   # greedy text leaves the generator as it is
             first_seed = int(torch.randint(2**62, (), generator=generator, device=device))
         seeds = [first_seed + row for row in range(idx.size(0))]
         chance = chances(seeds, max(0, max_new_tokens)).to(idx.device)             # (B, new)
@@ -355,6 +369,7 @@ class GPT(nn.Module):
         self.eval()
         try:
             for new in self.stream(idx, max_new_tokens, sampling, chance, kv_cache):
+                # a row that has stopped repeats its last token, whatever stream goes on with
                 last = tokens[-1][:, -1:]                                          # (B, 1)
                 tokens.append(torch.where(done, last, new))
                 done = done | torch.isin(tokens[-1], stop)
@@ -366,7 +381,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, sampling, chance=None, kv_cache=True, step=None):
-        """Yield the next token of every row, (B, 1), max_new_tokens times.
+        """Yield the next token of every text, (rows, 1), max_new_tokens times.
 
         The model must be in eval mode. idx (B, T): the prompt. sampling: a Sampling. chance
         (B, max_new_tokens): numbers from [0, 1) that decide the draws above temperature 0. A single
@@ -382,7 +397,7 @@ class GPT(nn.Module):
         rows = idx.size(0) if chance is None else chance.size(0)
         step = step or GPT.next_token
         seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=idx.device)
-        seen.scatter_(1, idx.expand(rows, -1), True)                               # (B, V)
+        seen.scatter_(1, idx.expand(rows, -1), True)                               # (rows, V)
         window = idx[:, -block_size:]     # all that the model can look at
         unread = window                   # tokens that the cache does not hold
         cache = None
@@ -437,8 +452,9 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Return the FLOPs of a token's forward and backward pass, as PaLM counts them.
 
-        6 per parameter that multiplies or is added, and attention's (arXiv 2204.02311,
-        appendix B). Looking up an embedding costs nothing."""
+        2 forward and 4 backward for each parameter of linears, norms and biases; looking up an
+        embedding costs nothing. 12·C·block_size in each block for the products of attention, as
+        if the future were not masked (arXiv 2204.02311, appendix B)."""
         c = self.config
         multiplied = self.num_params()
         if c.pos == 'learned':
@@ -470,7 +486,8 @@ class GPT(nn.Module):
         if block_size is not None and block_size > fields['block_size']:
             raise ValueError(f'block_size={block_size}, but {name} knows '
                              f'{fields["block_size"]} positions')
-        fields['block_size'] = block_size or fields['block_size']
+        if block_size is not None:
+            fields['block_size'] = block_size
         fields['activation'] = HF_ACTIVATIONS[hf['activation_function']]
         fields['dropout'] = hf['resid_pdrop'] if dropout is None else dropout
         weights = {}
@@ -528,8 +545,9 @@ class GPT(nn.Module):
             if getattr(c, name) != needed:
                 other.append(f'{name}={getattr(c, name)!r}')
         if c.activation not in HF_ACTIVATIONS.values():
-            raise ValueError(f'activation={c.activation!r} has no name in HF_ACTIVATIONS; allowed '
-                             f'are {", ".join(HF_ACTIVATIONS.values())}')
+            allowed = ', '.join(dict.fromkeys(HF_ACTIVATIONS.values()))
+            raise ValueError(f'transformers has no activation={c.activation!r}; allowed are '
+                             f'{allowed}')
         if other:
             raise ValueError(f"GPT-2 has no {', '.join(other)}: "
                              f"Hugging Face's GPT2LMHeadModel would compute something else")
@@ -538,9 +556,9 @@ class GPT(nn.Module):
             del weights['lm_head.weight']
         for name, p in list(weights.items()):
             bias = name.removesuffix('weight') + 'bias'
-            in_block = name.startswith(('transformer.h.', 'transformer.ln_f.'))
-            if in_block and name.endswith('weight') and bias not in weights:
-                weights[bias] = torch.zeros(p.size(0))
+            has_bias_in_gpt2 = name.startswith(('transformer.h.', 'transformer.ln_f.'))
+            if has_bias_in_gpt2 and name.endswith('weight') and bias not in weights:
+                weights[bias] = torch.zeros(p.size(0))   # (out,): p is still (out, in)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'model.safetensors')
         try:
@@ -558,23 +576,24 @@ class GPT(nn.Module):
 # ---- the cache of a text -------------------------------------------------------------------------
 
 class Cache:
-    """The keys and values of the tokens read so far: the next token costs one token's work.
+    """The keys and values of the tokens read so far, which are not computed again.
 
     The prompt is read first, then one token at a time. Each time hidden calls begin, every layer
     calls add, and stream calls advance.
 
-    Keys and values have room for tokens to come, which no query sees yet. So a step has the same
-    shapes for many tokens. Where the next token stands is a tensor, not a number in the code. So
-    one compiled step, or one CUDA graph, serves all these tokens (as in
-    github.com/pytorch-labs/gpt-fast)."""
+    There is room for tokens to come, which no query sees yet. So a step has the same shapes for
+    many tokens. The position of the next token is a tensor, not a number in the code. So one
+    compiled step serves all these tokens, and so does one CUDA graph, a recording of a GPU's work
+    that is replayed (as in github.com/pytorch-labs/gpt-fast)."""
 
     def __init__(self, config, device):
         on_cpu = torch.device(device).type == 'cpu'
-        self.span = 64 if on_cpu else 256   # tokens of room made at a time; each costs a CUDA graph
+        # Room is made for so many tokens at a time. Each new size needs a CUDA graph of its own.
+        self.span = 64 if on_cpu else 256
         self.all_positions = torch.arange(config.block_size, device=device)
         self.length = 0                     # tokens read
         self.start = self.all_positions[:1].clone()   # the same number, as a tensor (1,)
-        self.room = 0                       # tokens that fit, S
+        self.room = 0                       # places for tokens, S; 0 before the prompt is read
         self.position = None                # (T,), of the tokens that are being read
         self.visible = None                 # (T, S), or None while the prompt is read
         self.layers = [LayerCache(self) for _ in range(config.n_layer)]
@@ -595,7 +614,7 @@ class Cache:
             spans = self.length // self.span + 1
             self.room = min(len(self.all_positions), spans * self.span)
             more = self.room - self.length
-            for layer in self.layers:
+            for layer in self.layers:   # append empty places
                 layer.k = F.pad(layer.k, (0, 0, 0, more))                          # (B, nh, S, hs)
                 layer.v = F.pad(layer.v, (0, 0, 0, more))
 
@@ -619,8 +638,8 @@ class LayerCache:
     def add(self, k, v):
         """Add T tokens' k and v (B, nh, T, hs).
 
-        Return those of all tokens, (B, nh, S, hs), and which of them each query sees, (T, S). For a
-        prompt this is None, as in fused_attention."""
+        Return all keys and values, (B, nh, S, hs), and which of them each query sees, (T, S). For a
+        prompt S is T, and the latter is None, as in fused_attention."""
         if self.cache.visible is None:   # a prompt
             self.k = k
             self.v = v
@@ -676,7 +695,8 @@ def probabilities(logits, seen, sampling):
         shares = ordered.softmax(dim=1)
         likelier = shares.cumsum(dim=1) - shares   # probability of the tokens before
         beyond = (likelier >= top_p) & (likelier > 0)   # a top_p that rounds to 0 keeps one token
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
+        beyond = beyond.scatter(1, order, beyond)   # from sorted order back to tokens' order
+        logits = logits.masked_fill(beyond, float('-inf'))
     return logits.softmax(dim=1)
 
 
@@ -698,7 +718,7 @@ def chances(seeds, count):
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         rows.append(torch.rand(count, generator=generator, dtype=torch.float64))
-    # 1 - 2^-24 is the largest fp32 number below 1, to which no draw may be rounded
+    # rounding to fp32 may give 1, which is out of range; 1 - 2^-24 is the largest number below
     return torch.stack(rows).float().clamp(max=1 - 2**-24)
 
 
@@ -817,7 +837,7 @@ def end_of_text(config):
 
 
 def transposed(weights):
-    """Return a state dict with Conv1D's matrices transposed; doing it twice changes nothing."""
+    """Return a state dict with Conv1D's matrices transposed; doing it again gives the original."""
     turned = {}
     for name, p in weights.items():
         if name.endswith(HF_TRANSPOSED) and p.dim() == 2:

@@ -165,8 +165,10 @@ ids = opened.tokenizer.encode(prompt or opened.tokenizer.opening)
 idx = torch.tensor(ids, dtype=torch.long, device=device)[None]                             # (1, T)
 
 dtype = runtime.find_dtype(dtype, device)
-parameters = model.num_params()   # a narrow model has none
-cached_tokens = min(max_new_tokens, model.config.block_size - len(ids))
+parameters = model.num_params()   # in a narrow model only embeddings and norms would be counted
+cached_tokens = 0
+if kv_cache:
+    cached_tokens = min(max_new_tokens, model.config.block_size - len(ids))
 pays = decoding.compiling_pays(model, device, dtype, quantize, cached_tokens, num_samples)
 if compile is True and (device != 'cpu' or num_samples > 1 or not kv_cache):
     say('note: compile=True is for one text on a processor with kv_cache; nothing is compiled')

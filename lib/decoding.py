@@ -6,8 +6,8 @@ things help. `narrow` keeps the weights in bf16, or in int8 with a scale for eac
 `compiled_step` reads them in loops that keep up with the memory. On a GPU, where launching some
 200 small kernels takes longer than running them, `GraphedSampling` replays a step as one CUDA
 graph.
-Both compute GPT.next_token, and GPT.stream takes them as `step`. They serve while the cache does:
-beyond block_size GPT.next_token itself reads the window. Figures: results/sampling/.
+`compiled_step` and `GraphedSampling` compute GPT.next_token, and GPT.stream takes them as `step`.
+Beyond block_size, where no cache helps, GPT.next_token itself runs. Figures: results/sampling/.
 """
 import functools
 import math
@@ -176,10 +176,10 @@ def attend_in_sampling(q, k, v, dropout=0.0, visible=None):
 # ---- compiled steps ------------------------------------------------------------------------------
 
 def compiled_step(model, idx, cache, seen, chance, sampling):
-    """Return GPT.next_token, for a single token of one text with the blocks and the head compiled.
+    """Return the next token as GPT.next_token does, with the blocks and the head compiled.
 
     The blocks share their code, which takes 4 s for GPT-2 to compile; the whole step as one graph
-    takes 40 (results/negative.md). Several tokens or texts at a time stay uncompiled."""
+    takes 40 (results/negative.md). The prompt, and several texts at a time, stay uncompiled."""
     if idx.numel() > 1 or not cache.length:
         return model.next_token(idx, cache, seen, chance, sampling)
     return model.next_token(idx, cache, seen, chance, sampling, run=call_compiled)

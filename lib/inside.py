@@ -59,7 +59,7 @@ def watched(model, layers, outputs=False):
             return y.type_as(v)
         return explicit
 
-    with model.attention_set({layer: explicit_attention_of(layer) for layer in layers}):
+    with model.using_attention({layer: explicit_attention_of(layer) for layer in layers}):
         with torch.no_grad():
             yield seen
 

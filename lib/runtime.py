@@ -167,7 +167,9 @@ def cpu_has_avx512():
 
 
 def autocast(device, dtype):
-    """Return a context that runs matrix products in dtype, and norms and losses in fp32."""
+    """Return a context that runs matrix products in dtype.
+
+    The residual stream stays in fp32, and with it the layer norms."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))

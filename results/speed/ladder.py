@@ -111,14 +111,14 @@ def make_model(net, ways):
         config = GPTConfig(**shape, bias=False, activation='gelu_erf')
     model = GPT(config)
     if 'attention' in ways:
-        model.set_attention(fast.attend)
+        model.set_attention(fast.attend_in_training)
     if 'gelu' in ways:
         model.set_activation(fast.gelu)
     if 'dropout' in ways:
         model.set_dropout(fast.Dropout)
     else:
-        # fast.attend draws its masks with fast.kept. This process measures the state before
-        # fast.kept was written, which is not in the code any more.
+        # fast.attend_in_training draws its masks with fast.kept. This process measures the state
+        # before fast.kept was written, which is not in the code any more.
         def bernoulli(shape, p, dtype, generator=None):
             return torch.empty(shape, dtype=dtype).bernoulli_(1 - p)
         fast.kept = bernoulli
