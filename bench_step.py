@@ -53,8 +53,8 @@ ON_GPU = device.startswith('cuda')
 # Kinds of operations, each with parts of torch's names for them. The first kind that fits counts:
 # attention comes before the products, as 'bmm' contains 'mm'.
 KINDS = {
-    'attention': ('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm'),
-    'products': ('mm', 'linear'),
+    'attention': ('scaled_dot', 'bmm', 'softmax', 'triu', 'baddbmm', 'flash', 'fmha', 'cudnn'),
+    'products': ('mm', 'linear', 'nvjet', 'cutlass'),
     'norms': ('layer_norm', 'rms_norm'),
     'activation': ('gelu', 'relu', 'pow'),
     'dropout': ('bernoulli', 'random_', 'aten::ge', 'dropout'),
@@ -299,10 +299,11 @@ def kinds_of_operations(contender):
     contender.model.zero_grad(set_to_none=True)
     spent = dict.fromkeys((*KINDS, 'others'), 0.0)
     for event in profiler.key_averages():
-        if ON_GPU:
-            spent[kind_of(event.key)] += event.self_device_time_total
-        else:
+        if not ON_GPU:
             spent[kind_of(event.key)] += event.self_cpu_time_total
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            # A kernel. Its time is also the self_device_time of the operation that launched it.
+            spent[kind_of(event.key)] += event.self_device_time_total
     total = sum(spent.values())
     return {kind: part / total for kind, part in spent.items()}
 

@@ -325,10 +325,12 @@ def evaluate_and_save(last):
     elif last and target_loss:
         limit = f'max_minutes={max_minutes:g}' if out_of_time() else f'max_iters={max_iters}'
         say(f'target_loss={target_loss:g} was not reached in {limit}')
-    if improved or last or reached or always_save_checkpoint:
+    if improved and save('best.pt'):
+        if rank == 0:   # the same file under a second name
+            now.saved = checkpoint.copy(os.path.join(out_dir, 'best.pt'), last_path)
+        now.saved_at = time.monotonic()
+    elif improved or last or reached or always_save_checkpoint:
         save_last()
-    if improved and now.saved and rank == 0:   # the same file under a second name
-        checkpoint.copy(last_path, os.path.join(out_dir, 'best.pt'))
     return last or reached
 
 

@@ -56,10 +56,9 @@ def keep(path, checkpoint):
 
     A full disk costs this save, not the run. The last.pt before this one becomes
     last.previous.pt."""
-    folder, name = os.path.split(path)
     previous = None
-    if name == 'last.pt':
-        previous = os.path.join(folder, 'last.previous.pt')
+    if os.path.basename(path) == 'last.pt':
+        previous = previous_of(path)
     try:
         save(path, checkpoint, previous)
     except OSError as error:
@@ -151,12 +150,12 @@ def _link(path, name):
         os.replace(path, name)
 
 
-def copy(path, name):
-    """Give a checkpoint a second name; say so where that fails, and leave what had the name.
+def copy(path, last):
+    """Let last.pt be the checkpoint in path; return whether that worked.
 
-    The two names share one file, which costs no time and no room; save never writes into a file
-    that exists. Where the file system has no links, copy the file."""
-    part = name + '.part'
+    The two names share one file, which costs no time and no room. That is safe, as save never
+    writes into a file that exists. Where the file system has no links, copy the file."""
+    part = last + '.part'
     try:
         if os.path.exists(part):
             os.remove(part)
@@ -164,9 +163,19 @@ def copy(path, name):
             os.link(path, part)
         except OSError:
             shutil.copyfile(path, part)
-        os.replace(part, name)
+        if os.path.exists(last):
+            _link(last, previous_of(last))
+        os.replace(part, last)
+        sync_folder(os.path.dirname(last) or '.')
     except OSError as error:
-        say(f'{name} could not be written ({error.strerror})')
+        say(f'{last} could not be written ({error.strerror})')
+        return False
+    return True
+
+
+def previous_of(last):
+    """Return the name that the last.pt before this one gets."""
+    return os.path.join(os.path.dirname(last), 'last.previous.pt')
 
 
 def sync_folder(folder):

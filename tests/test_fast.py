@@ -256,7 +256,7 @@ def test_dropout_next_to_one_drops():
 def test_cross_entropy_is_torchs(smoothing, monkeypatch):
     """Compare loss and gradient, with ignored targets, over several chunks of rows."""
     V = 6000
-    monkeypatch.setattr(fast, 'ROW_ELEMENTS', 8 * V)
+    monkeypatch.setattr(fast, 'ROW_ELEMENTS', dict(cpu=8 * V))
     torch.manual_seed(2)
     logits = 3 * torch.randn(50, V)
     targets = torch.randint(V, (50,))
@@ -532,6 +532,34 @@ def test_a_graphed_step_trains_the_same(micro_steps, monkeypatch):
 
     for plain, graphed in zip(run(graphed=False), run(graphed=True)):
         assert torch.equal(plain, graphed)
+
+
+def test_a_graphed_step_of_a_net_without_vectors():
+    """Without norms and biases one of AdamW's parameter groups is empty."""
+    net = small(norm='none', bias=False)
+    made = muon_of(net)
+    step = fast.GraphedTraining(step_of(net, made), made)
+    for group in made.all[0].param_groups:
+        assert isinstance(group['lr'], torch.Tensor)
+    idx = torch.randint(net.config.vocab_size, (2, 8))
+    loss, _ = step.step([(idx, idx)])
+    assert loss.isfinite()
+
+
+def test_the_loss_of_fp16_logits_is_torchs():
+    """CrossEntropy's gradient would be rounded to fp16 before the scaler has scaled it."""
+    torch.manual_seed(3)
+    net = small(vocab_size=4096)
+    idx = torch.randint(4096, (2, 8))
+    lean_loss = fast.TrainingLoss(net)
+    gradients = []
+    for loss_of in (lean_loss, lambda x, y: net(x, y)[1]):
+        with torch.autocast('cpu', dtype=torch.float16):
+            loss = loss_of(idx, idx)
+        (loss / 100_000).backward()   # most probabilities are below fp16's smallest number now
+        gradients.append(net.transformer.wte.weight.grad.clone())
+        net.zero_grad(set_to_none=True)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -161,6 +161,21 @@ def test_a_torn_log_line_is_dropped(mini, script):
     assert without_times('whole/log.csv') == without_times('out/log.csv')
 
 
+@pytest.mark.parametrize('links', [True, False])
+def test_an_improving_evaluation_writes_one_file(mini, script, monkeypatch, links):
+    """best.pt and last.pt share it, where the file system has links."""
+    if not links:
+        def refuse(*names):
+            raise OSError(1, 'no links here')
+        monkeypatch.setattr(os, 'link', refuse)
+    script('train.py', *TINY, '--max_iters=0')
+    assert os.path.samefile('out/best.pt', 'out/last.pt') == links
+    assert Path('out/best.pt').read_bytes() == Path('out/last.pt').read_bytes()
+    script('train.py', *TINY, '--max_iters=4', '--init_from=resume')
+    assert checkpoint.load('out/last.pt')['iter_num'] == 4
+    assert checkpoint.load('out/last.previous.pt')['iter_num'] < 4
+
+
 def test_best_is_never_replaced_by_a_worse_one(mini, script):
     """best.pt is newer than last.pt when a run is killed between the two writes."""
     script('train.py', *TINY, '--max_iters=5')
@@ -183,6 +198,13 @@ def test_last_is_saved_between_evaluations(mini, script, monkeypatch, knob, expe
             steps.append(saved['iter_num'])
         save(path, saved, *others)
     monkeypatch.setattr(checkpoint, 'save', noting_steps)
+    copy = checkpoint.copy
+
+    def noting_copies(path, last):
+        steps.append(checkpoint.load(path)['iter_num'])
+        return copy(path, last)
+
+    monkeypatch.setattr(checkpoint, 'copy', noting_copies)   # of an evaluation that improves
     script('train.py', *TINY, '--eval_interval=100', '--always_save_checkpoint=False', knob)
     assert steps == expected
 

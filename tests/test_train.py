@@ -297,7 +297,7 @@ def test_muon_does_what_torch_does_to_separate_matrices(mini, script, monkeypatc
     """One step from the same weights equals torch's Muon with q, k and v as three parameters.
 
     torch's Muon multiplies in bf16 on every processor; the test makes ours do the same."""
-    monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda: True)
+    monkeypatch.setattr(optimizers, 'has_bf16', lambda device: True)
     polynomial = (3.4445, -4.775, 2.0315)   # torch's coefficients
     monkeypatch.setattr(optimizers, 'POLAR', (polynomial,) * 5)
     muon = [*TINY, '--optimizer=muon', '--warmup_iters=0', '--grad_clip=0']
@@ -331,7 +331,7 @@ def test_muon_multiplies_in_bf16_only_in_hardware(mini, script, monkeypatch, has
         dtypes.append(x.dtype)
         return orthogonalized(x, eps)
     monkeypatch.setattr(optimizers, 'orthogonalized', noting_dtypes)
-    monkeypatch.setattr(optimizers, 'cpu_has_bf16', lambda: has_bf16)
+    monkeypatch.setattr(optimizers, 'has_bf16', lambda device: has_bf16)
     assert script('train.py', *TINY, '--optimizer=muon', '--max_iters=1').code == 0
     assert dtypes == [expected] * 3   # a call for each of the three shapes of matrices
 
