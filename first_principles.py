@@ -55,8 +55,8 @@ def layer_norm(x, p, name):
     y = normed * weight + p[f'{name}.bias']
 
     def backward(dy, g):
-        """No x can change the mean or the variance of `normed`, so the parts of dnormed along
-        (1, ..., 1) and along `normed` are removed."""
+        """x cannot change the mean of `normed`, and hardly (for the 1e-5) its variance: the parts
+        of dnormed along (1, ..., 1) and along `normed` are removed."""
         g[f'{name}.weight'] = (dy * normed).sum(axis=(0, 1))                       # (C,)
         g[f'{name}.bias'] = dy.sum(axis=(0, 1))                                    # (C,)
         dnormed = dy * weight                                                      # (B, T, C)
