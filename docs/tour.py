@@ -1,6 +1,6 @@
 """
 The numbers of docs/tour.md: the first characters of Tiny Shakespeare, followed through model.py to
-a loss, a step and a text.
+a loss, a step and a text, and then through first_principles.py back from the loss to the weights.
 
     python docs/tour.py
 
@@ -10,11 +10,13 @@ stdout; a test compares them with the page. Letters as in model.py.
 import os
 import sys
 
-# model.py is one folder up
+# model.py and first_principles.py are one folder up
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 
+import first_principles as fp
 import model as gpt
 from lib.configurator import configure
 from lib.data import open_dataset
@@ -64,6 +66,7 @@ model = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=data.vocab_size, n_layer=
 for name, p in model.named_parameters():
     if '.h.1.' not in name:   # block 1 has the shapes of block 0
         print(f'{name:34} {str(tuple(p.shape)):10} {p.numel():5}')
+fresh = {name: p.detach().double().numpy() for name, p in model.named_parameters()}   # copies
 print(f'{model.num_params():,} parameters, of which the head has none: it is the token embedding')
 
 print('\n# embedding')
@@ -120,6 +123,7 @@ print(f'loss, the mean of -ln p(y): {loss:.4f}; model(x, y) says {same:.4f}; '
 
 print('\n# backward and one step')
 same.backward()
+autograd = {name: p.grad.numpy() for name, p in model.named_parameters()}
 for name, p in model.named_parameters():
     if p.dim() == 2 and name.startswith(('transformer.w', 'transformer.h.0')):
         print(f'{name:34} gradient norm {p.grad.norm():.4f}')
@@ -140,3 +144,113 @@ for row in range(B):
     first = x[row:row + 1, :1]                                            # (1, 1)
     whole = model.generate(first, T - 1, temperature=0)                   # (1, T)
     print(f'{text_of(first[0])!r} goes on: {text_of(whole[0])!r}')
+
+# ---- the second half: from the loss back to the weights ------------------------------------------
+
+norm = np.linalg.norm
+
+
+def show_gradient(name, array):
+    """Print a gradient as `show` prints a tensor, times 1,000."""
+    show(name, torch.from_numpy(1000 * array))
+
+
+def cosine(a, b):
+    """Return the size of the cosine of the angle between two vectors."""
+    return abs(a @ b) / (norm(a) * norm(b))
+
+
+print('\n# a gradient is a slope')
+idx = x.numpy()
+targets = y.numpy()
+matrix = fresh['transformer.wte.weight']                                  # (V, C)
+low, gradients = fp.loss_and_gradients(fresh, idx, targets, nh)
+matrix[18, 0] += 0.001
+high, _ = fp.loss_and_gradients(fresh, idx, targets, nh)
+matrix[18, 0] -= 0.001
+print(f'loss {low:.6f}, and with wte[18, 0] raised by 0.001 {high:.6f}')
+print(f'(rise of the loss) / 0.001 = {(high - low) / 0.001:.4f}')
+print(f"entry [18, 0] of wte's gradient: {gradients['transformer.wte.weight'][18, 0]:.4f}")
+
+# the forward pass again, now with the way back of every step
+block = 'transformer.h.0'
+x_0, embedding_back = fp.embedding(idx, fresh)                            # (B, T, C)
+normed_1, ln_1_back = fp.layer_norm(x_0, fresh, f'{block}.ln_1')          # (B, T, C)
+qkv, c_attn_back = fp.linear(normed_1, fresh, f'{block}.attn.c_attn')     # (B, T, 3C)
+heads, attention_back = fp.attention(qkv, nh)                             # (B, T, C)
+branch, attn_proj_back = fp.linear(heads, fresh, f'{block}.attn.c_proj')  # (B, T, C)
+x_1 = x_0 + branch
+normed_2, ln_2_back = fp.layer_norm(x_1, fresh, f'{block}.ln_2')          # (B, T, C)
+wide, c_fc_back = fp.linear(normed_2, fresh, f'{block}.mlp.c_fc')         # (B, T, 4C)
+bent, gelu_back = fp.gelu(wide)                                           # (B, T, 4C)
+branch, mlp_proj_back = fp.linear(bent, fresh, f'{block}.mlp.c_proj')     # (B, T, C)
+x_2, block_1_back = fp.block(x_1 + branch, fresh, 'transformer.h.1', nh)  # (B, T, C)
+normed_f, ln_f_back = fp.layer_norm(x_2, fresh, 'transformer.ln_f')       # (B, T, C)
+_, loss_back = fp.cross_entropy(normed_f @ matrix.T, targets)
+
+print('\n# gradients of the loss and of the head')
+dlogits = loss_back()                                                     # (B, T, V)
+answer = targets[0, 0]
+show_gradient('dlogits', dlogits)
+print(f"at 'F': 'i' {1000 * dlogits[0, 0, answer]:.3f}, all others together "
+      f'{1000 * np.delete(dlogits[0, 0], answer).sum():.3f}')
+back = {'transformer.wte.weight': np.tensordot(dlogits, normed_f, axes=((0, 1), (0, 1)))}
+dnormed = dlogits @ matrix                                                # (B, T, C)
+show_gradient('d ln_f(x)', dnormed)
+
+print('\n# gradient of layer norm')
+dx_2 = ln_f_back(dnormed, back)                                           # (B, T, C)
+show_gradient('dx, block 1', dx_2)
+print(f"at 'F': the deviation of x is {x_2[0, 0].std():.4f}, and 1/deviation "
+      f'{1 / x_2[0, 0].std():.1f}')
+for name, direction in (('(1, ..., 1)', np.ones(C)), ('ln_f(x)', normed_f[0, 0])):
+    print(f'cosine with {name:12} before {cosine(dnormed[0, 0], direction):.3f}, after '
+          f'{cosine(dx_2[0, 0], direction):.3f}')
+
+print('\n# gradients of the MLP of block 0')
+dx_1 = block_1_back(dx_2, back)                                           # (B, T, C)
+dbent = mlp_proj_back(dx_1, back)                                         # (B, T, 4C)
+dwide = gelu_back(dbent)                                                  # (B, T, 4C)
+dbranch = ln_2_back(c_fc_back(dwide, back), back)                         # (B, T, C)
+show_gradient('dx, block 0', dx_1)
+show_gradient('d gelu', dbent)
+show('slope of gelu', torch.from_numpy(dwide / dbent))
+show_gradient('d c_fc', dwide)
+show_gradient('d branch', dbranch)
+dx_1 = dx_1 + dbranch
+show_gradient('dx, their sum', dx_1)
+
+print('\n# gradients of the attention of block 0')
+dheads = attn_proj_back(dx_1, back)                                       # (B, T, C)
+dqkv = attention_back(dheads)                                             # (B, T, 3C)
+dbranch = ln_1_back(c_attn_back(dqkv, back), back)                        # (B, T, C)
+dx_0 = dx_1 + dbranch
+values = v.detach().double().numpy()[0, 0]                                # (T, hs)
+row = weights[0, 0, 2].detach().double().numpy()                          # (T,), of the query 'r'
+drow = values @ dheads[0, 2, :hs]                                         # (T,)
+dscores = row * (drow - row @ drow)                                       # (T,)
+show_gradient('d heads', dheads)
+print("row 'r' of head 0 on x[0]:")
+for name, numbers in (('weights', row), ('d weights', 1000 * drow), ('d scores', 1000 * dscores)):
+    print(f'  {name:9}' + '  '.join(f'{number:7.4f}' for number in numbers[:4]) + '  ...')
+show_gradient('d c_attn', dqkv)
+show_gradient('d v', dqkv[:, :, 2 * C:])
+show_gradient('dx', dx_0)
+
+print('\n# gradient of the embedding')
+head = back['transformer.wte.weight'].copy()                              # (V, C)
+embedding_back(dx_0, back)
+both = back['transformer.wte.weight']                                     # (V, C)
+print(f'gradient norm of wte: from the head {norm(head):.4f}, from the embedding '
+      f'{norm(both - head):.4f}, of their sum {norm(both):.4f}')
+largest = max(norm(back[name] - autograd[name]) / norm(autograd[name]) for name in autograd)
+print(f'{len(back)} gradients; the largest relative difference to autograd: {largest:.4f}')
+
+print("\n# AdamW's first step")
+started = {name: array.copy() for name, array in fresh.items()}
+fp.adamw(fresh, back, {}, 1, 1e-2, (0.9, 0.999), 0.1)
+for name in ('transformer.wte.weight', f'{block}.attn.c_attn.weight', f'{block}.mlp.c_fc.weight'):
+    print(f'{name:34} [0, 0]: gradient {1000 * back[name][0, 0]:7.3f}, moved from '
+          f'{started[name][0, 0]:7.4f} to {fresh[name][0, 0]:7.4f}')
+low, _ = fp.loss_and_gradients(fresh, idx, targets, nh)
+print(f'loss after one step of AdamW: {low:.4f}')

@@ -186,7 +186,7 @@ def test_the_tour(folder, shakespeare):
     printed = done.stdout.strip().split('\n\n')
     page = (ROOT / 'docs/tour.md').read_text(encoding='utf-8')
     shown = re.findall(r'```text\n(.*?)\n```', page, re.S)
-    assert len(shown) == len(printed) == 8
+    assert len(shown) == len(printed) == 15
     for here, there in zip(shown, printed):
         assert without_numbers(here) == without_numbers(there)
         assert numbers(here) == pytest.approx(numbers(there), abs=2e-3)

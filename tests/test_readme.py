@@ -259,6 +259,7 @@ BUDGET = {   # the flags that keep a script's commands short
     'ablate.py': ['--device=cpu', '--seeds=1', '--variants=1 head',
                   '--flags=--n_layer=1 --n_embd=8 --max_iters=2 --eval_iters=1'],
     'bench.py': ['--device=cpu', '--net=0.8M', '--dtype=float32'],
+    'first_principles.py': ['--max_iters=2', '--max_new_tokens=20'],
 }
 QUIET = ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py',
          'export_hf.py', 'bench.py')   # scripts that may print no result
