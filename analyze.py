@@ -23,7 +23,6 @@ to <out_dir>/analysis if out_dir is typed and holds no checkpoint.
 """
 import base64
 import csv
-import json
 import math
 import os
 import re
@@ -45,6 +44,7 @@ from lib.checkpoint import Symbols, check_symbols, open_model
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, read_prompt, say, write
 from lib.data import open_first, with_split
+from lib.pages import as_json, fill
 from lib.runtime import find_device, set_up
 
 init_from = 'resume'     # 'resume' for the run in out_dir, 'gpt2' or another hub name, or a folder
@@ -70,7 +70,6 @@ FEWEST_WINDOWS = 8        # windows that --windows=auto takes at least, for a us
 # Findings call a head by the role for which its score is the highest.
 ROLES = dict(previous='Previous-token heads', same='Duplicate-token heads',
              induction='Induction heads', sink='Attention-sink heads')
-HERE = os.path.dirname(os.path.abspath(__file__))
 notes = []   # what the page repeats of the notes on stderr
 
 
@@ -716,12 +715,9 @@ def write_csv(path, rows):
 
 def write_page(content, part):
     """Write report.html into the folder `part`: lib/report.html with its data filled in."""
-    with open(os.path.join(HERE, 'lib', 'report.html'), encoding='utf-8') as f:
-        page = f.read()
-    # escaped, so that no text can end the page's script element
-    content = json.dumps(content, allow_nan=False).replace('<', '\\u003c')
+    page = fill('report.html', data=as_json(content))
     with open(os.path.join(part, 'report.html'), 'w', encoding='utf-8') as f:
-        f.write(page.replace('DATA', content, 1))
+        f.write(page)
 
 
 def write_pages(found):

@@ -1,0 +1,134 @@
+'use strict';
+/*
+Text to token ids and back, as in lib/tokenizers.py: characters, bytes of UTF-8, GPT-2's BPE.
+
+A tokenizer has encode(text) -> ids, and bytes(id) -> the token's bytes. Decoding joins the bytes of
+several tokens before it makes characters of them, because a character can be cut in two by tokens.
+*/
+
+// state: what lib/web.py packed
+function makeTokenizer(state) {
+  const kinds = { char: charTokenizer, byte: byteTokenizer, gpt2: bpeTokenizer };
+  return kinds[state.kind](state);
+}
+
+function charTokenizer({ chars }) {
+  const characters = Array.from(chars);   // code points, not halves of surrogate pairs
+  const idOf = new Map(characters.map((character, id) => [character, id]));
+  return {
+    bytes: id => utf8(characters[id]),
+    encode(text) {
+      const ids = [];
+      const missing = new Set();
+      for (const character of text) {
+        if (idOf.has(character)) ids.push(idOf.get(character));
+        else missing.add(character);
+      }
+      if (missing.size) {
+        const named = [...missing].slice(0, 20).map(character => JSON.stringify(character)).join(', ');
+        const allowed = characters.map(character => character === '\n' ? 'line break' : character);
+        throw new Error(`The model does not know ${named}. It learned from a text with these `
+          + `${characters.length} characters alone: ${allowed.join(' ')}`);
+      }
+      return ids;
+    },
+  };
+}
+
+function byteTokenizer() {
+  return {
+    bytes: id => Uint8Array.of(id),
+    encode: text => Array.from(utf8(text)),
+  };
+}
+
+const END_OF_TEXT = '<|endoftext|>';
+// GPT-2's words: 's, 't and the like; letters; numbers; other signs, each with a blank before them;
+// white space. \p{White_Space} is what tiktoken means by \s, and JavaScript's \s is not.
+const WORDS = new RegExp([
+  "'(?:[sdmt]|ll|ve|re)", ' ?\\p{L}+', ' ?\\p{N}+', ' ?[^\\p{White_Space}\\p{L}\\p{N}]+',
+  '\\p{White_Space}+(?!\\P{White_Space})', '\\p{White_Space}+'].join('|'), 'gu');
+
+// state.bytes: the bytes of tokens 0 to 255. state.merges: pairs of tokens, uint16 in base64; pair i
+// makes token 256 + i. state.end: the token after them, <|endoftext|>.
+function bpeTokenizer({ bytes, merges, end }) {
+  const tokenBytes = bytes.map(byte => Uint8Array.of(byte));
+  const tokenOfByte = new Array(256);
+  bytes.forEach((byte, id) => { tokenOfByte[byte] = id; });
+  const pairs = new Uint16Array(fromBase64(merges).buffer);
+  const merged = new Map();   // left · 65536 + right -> the token of both
+  for (let i = 0; i < pairs.length; i += 2) {
+    const left = tokenBytes[pairs[i]];
+    const right = tokenBytes[pairs[i + 1]];
+    merged.set(pairs[i] * 65536 + pairs[i + 1], tokenBytes.length);
+    tokenBytes.push(joined([left, right]));
+  }
+  tokenBytes[end] = utf8(END_OF_TEXT);
+  const known = new Map();   // word -> its ids; words come again
+
+  // The ids of a word: of all neighbours, the pair that was learned first is merged first.
+  function encodeWord(word) {
+    const ids = Array.from(utf8(word), byte => tokenOfByte[byte]);
+    for (;;) {
+      let first = Infinity;
+      let at = -1;
+      for (let i = 0; i + 1 < ids.length; i++) {
+        const token = merged.get(ids[i] * 65536 + ids[i + 1]);
+        if (token < first) {
+          first = token;
+          at = i;
+        }
+      }
+      if (at < 0) return ids;
+      ids.splice(at, 2, first);
+    }
+  }
+
+  return {
+    bytes: id => tokenBytes[id],
+    encode(text) {
+      const ids = [];
+      text.split(END_OF_TEXT).forEach((part, i) => {
+        if (i) ids.push(end);
+        for (const [word] of part.matchAll(WORDS)) {
+          if (!known.has(word)) known.set(word, encodeWord(word));
+          for (const id of known.get(word)) ids.push(id);
+        }
+      });
+      return ids;
+    },
+  };
+}
+
+function utf8(text) {
+  return new TextEncoder().encode(text);
+}
+
+// Arrays of bytes, one after another.
+function joined(arrays) {
+  const all = new Uint8Array(arrays.reduce((sum, array) => sum + array.length, 0));
+  let at = 0;
+  for (const array of arrays) {
+    all.set(array, at);
+    at += array.length;
+  }
+  return all;
+}
+
+// The text of ids; bytes that are not UTF-8 become replacement characters.
+function decode(tokenizer, ids) {
+  const bytes = joined(Array.from(ids, id => tokenizer.bytes(id)));
+  return new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytes);
+}
+
+// The text that each of ids adds: '' for a token that ends in the middle of a character.
+function pieces(tokenizer, ids) {
+  const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+  const texts = Array.from(ids, id => decoder.decode(tokenizer.bytes(id), { stream: true }));
+  if (texts.length) texts[texts.length - 1] += decoder.decode();
+  return texts;
+}
+
+function fromBase64(text) {
+  return Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+}

@@ -1,0 +1,163 @@
+'use strict';
+/*
+What the page asks of the model. It runs in a worker, so that the page stays responsive; where no
+worker can be made, the page calls `answer` itself. Requests that can take long are given a number of
+milliseconds and are asked again for the rest.
+*/
+
+let loaded = null;             // what unpack returns
+let readings = new Map();      // heads that are off, as text -> the Reading without them
+let chances = new Chances(0);
+
+const requests = {
+  // Returns what the page says about the model.
+  open(data) {
+    loaded = unpack(data);
+    const { model, facts, dtype, end, opening } = loaded;
+    return { config: model.config, facts, dtype, end, opening };
+  },
+
+  encode: ({ text }) => loaded.tokenizer.encode(text),
+
+  decode: ({ ids }) => decode(loaded.tokenizer, ids),
+
+  bytes: ({ id }) => loaded.tokenizer.bytes(id),
+
+  // The logits (V) of the token after ids.
+  logits({ ids }) {
+    const reading = readingOf([]);
+    reading.read(inContext(ids));
+    return Float32Array.from(reading.logits());
+  },
+
+  // The attention of every head, [layer][head] -> (T·T): rows are queries.
+  attention({ ids }) {
+    const { n_layer, n_head } = loaded.model.config;
+    const reading = readingOf([]);
+    reading.read(inContext(ids));
+    const T = reading.ids.length;
+    const map = (layer, head) => {
+      const weights = new Float32Array(T * T);
+      for (let i = 0; i < T; i++) weights.set(reading.attention_weights(layer, head, i), i * T);
+      return weights;
+    };
+    return Array.from({ length: n_layer }, (_, layer) =>
+      Array.from({ length: n_head }, (_, head) => map(layer, head)));
+  },
+
+  // Write tokens after ids: `count` of them, or fewer where the time is over or a text's end or,
+  // with `line`, a line's end is reached. settings: temperature, top_k, top_p, seed. drawn: tokens
+  // that this seed has written before. off: heads that are off, as 'layer.head'.
+  write({ ids, count, settings, drawn, off = [], line = false, ends = false, milliseconds = Infinity }) {
+    const { model, tokenizer, end } = loaded;
+    const started = performance.now();
+    if (chances.seed !== settings.seed) chances = new Chances(settings.seed);
+    const reading = readingOf(off);
+    const all = ids.length ? Array.from(checked(ids)) : tokenizer.encode(loaded.opening);
+    const fresh = [];
+    let ended = false;
+    while (fresh.length < count && !ended) {
+      if (!reading.read(inContext(all), started + milliseconds)) break;
+      const logits = reading.logits().subarray(0, model.config.drawable);
+      const id = choose(logits, settings, chances.at(drawn + fresh.length));
+      fresh.push(id);
+      all.push(id);
+      if (ends && id === end) ended = true;
+      if (line && tokenizer.bytes(id).includes(10)) ended = true;
+      if (performance.now() > started + milliseconds) break;
+    }
+    const bytes = joined(fresh.map(id => tokenizer.bytes(id)));
+    return { ids: fresh, bytes, ended, milliseconds: performance.now() - started };
+  },
+
+  // What there is to see at the end of ids, and at `position` of the context: the likeliest tokens,
+  // where a head looks from there, what each layer would guess, and maps of all heads. While ids are
+  // still being read, `of` is larger than `read` and there is nothing else.
+  look({ ids, off, position, layer, head, lens, maps, milliseconds }) {
+    const { model, tokenizer } = loaded;
+    const { n_layer, drawable } = model.config;
+    const context = inContext(ids);
+    const deadline = performance.now() + milliseconds;
+    const found = { texts: pieces(tokenizer, context), of: context.length };
+    const reading = readingOf(off);
+    const whole = readingOf([]);
+    const finished = reading.read(context, deadline) && (reading === whole || whole.read(context, deadline));
+    found.read = Math.min(reading.ids.length, whole.ids.length);
+    if (!finished) return found;
+
+    const shares = softmax(reading.logits().subarray(0, drawable));
+    const before = reading === whole ? shares : softmax(whole.logits().subarray(0, drawable));
+    found.next = likeliest(shares, 10).map(id => (
+      { id, text: decode(tokenizer, [id]), share: shares[id], before: before[id] }));
+    const at = position === null ? context.length - 1 : position;
+    if (n_layer) found.gaze = reading.attention_weights(layer, head, at);
+    if (lens) {
+      found.lens = Array.from({ length: n_layer + 1 }, (_, i) => {
+        const guesses = softmax(reading.logits(at, i).subarray(0, drawable));
+        return likeliest(guesses, 3).map(id => ({ text: decode(tokenizer, [id]), share: guesses[id] }));
+      });
+    }
+    if (maps) found.maps = smallMaps(reading, maps);
+    return found;
+  },
+};
+
+// Returns the tokens that the model sees of ids: the last block_size; a text's opening for no ids.
+function inContext(ids) {
+  if (!ids.length) return loaded.tokenizer.encode(loaded.opening);
+  return Array.from(checked(ids)).slice(-loaded.model.config.block_size);
+}
+
+function checked(ids) {
+  const V = loaded.model.config.vocab_size;
+  for (const id of ids) {
+    if (!Number.isInteger(id) || id < 0 || id >= V) {
+      throw new RangeError(`token ${id} does not exist: tokens are whole numbers from 0 to ${V - 1}`);
+    }
+  }
+  return ids;
+}
+
+// The Reading without some heads; the one with all heads and the last other one are kept.
+function readingOf(off) {
+  const key = [...off].sort().join();
+  if (!readings.has(key)) {
+    for (const other of readings.keys()) if (other) readings.delete(other);
+    readings.set(key, new Reading(loaded.model, new Set(off)));
+  }
+  return readings.get(key);
+}
+
+// For each head, in order, the attention among the last `size` tokens (n·n): square roots of the
+// shares as bytes, because small shares would be invisible.
+function smallMaps(reading, size) {
+  const { n_layer, n_head } = reading.model.config;
+  const T = reading.ids.length;
+  const n = Math.min(size, T);
+  const maps = [];
+  for (let layer = 0; layer < n_layer; layer++) {
+    for (let head = 0; head < n_head; head++) {
+      const map = new Uint8Array(n * n);
+      for (let i = 0; i < n; i++) {
+        const weights = reading.attention_weights(layer, head, T - n + i);
+        for (let j = 0; j <= i; j++) map[i * n + j] = 255 * Math.sqrt(weights[T - n + j]);
+      }
+      maps.push(map);
+    }
+  }
+  return maps;
+}
+
+// Returns {value} or {error}.
+function answer(name, data) {
+  try {
+    return { value: requests[name](data) };
+  } catch (error) {
+    return { error: error.message };
+  }
+}
+
+if (typeof document === 'undefined') {   // in a worker
+  onmessage = ({ data: { number, name, data } }) => postMessage({ number, ...answer(name, data) });
+  postMessage({ started: true });
+}
