@@ -12,6 +12,7 @@ The weights are the matrices as float32, float16, or int8 with a scale a row, on
 the order of the state dict, and in base64. Vectors (biases and norms) stay in float32.
 """
 import base64
+import copy
 import html
 import math
 import zlib
@@ -22,7 +23,6 @@ import torch
 
 from lib.pages import as_json, fill
 from lib.tokenizers import gpt2_merges
-from model import GPT
 
 # from the smallest page to the largest: bytes for each number of a matrix
 NUMBER_BYTES = dict(int8=1, float16=2, float32=4)
@@ -61,11 +61,12 @@ def rounded(p, dtype):
 
 
 def as_in_page(model, dtype):
-    """Return a GPT with the weights that a page of this dtype computes with."""
-    weights = {name: rounded(p, dtype) for name, p in model.state_dict().items()}
-    narrow = GPT.with_weights(model.config, weights)
-    narrow.drawable = model.drawable
-    return narrow.eval()
+    """Return a copy of a GPT with the weights that a page of this dtype computes with."""
+    narrow = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in narrow.parameters():
+            p.copy_(rounded(p, dtype))
+    return narrow
 
 
 def fits_float16(model):

@@ -8,22 +8,26 @@ something has changed meanwhile.
 
 // ---- the worker -----------------------------------------------------------------------------------
 
-const waiting = new Map();   // number of a request -> what to do with its answer
+const waiting = new Map();   // number of a request -> its Promise's resolve and reject
 let requested = 0;
 let worker = null;           // null: requests are answered in the page itself
 
 // Ask for one of `requests` (web_worker.js); returns a Promise of its value.
 function ask(name, data = {}) {
   return new Promise((resolve, reject) => {
-    const settle = ({ value, error }) => error === undefined ? resolve(value) : reject(new Error(error));
-    if (worker) {
-      requested += 1;
-      waiting.set(requested, settle);
-      worker.postMessage({ number: requested, name, data });
-    } else {
-      setTimeout(() => settle(answer(name, data)));   // later, so that the page can be drawn before
-    }
+    requested += 1;
+    const number = requested;
+    waiting.set(number, { resolve, reject });
+    if (worker) worker.postMessage({ number, name, data });
+    else setTimeout(() => settle({ number, ...answer(name, data) }));   // after the page is drawn
   });
+}
+
+function settle({ number, value, error }) {
+  const { resolve, reject } = waiting.get(number);
+  waiting.delete(number);
+  if (error === undefined) resolve(value);
+  else reject(new Error(error));
 }
 
 // Start a worker from the model's scripts; some browsers allow none to a page opened as a file.
@@ -35,12 +39,8 @@ function startWorker() {
       const started = new Worker(URL.createObjectURL(blob));
       started.onerror = () => resolve(null);
       started.onmessage = ({ data }) => {
-        if (data.started) {
-          resolve(started);
-          return;
-        }
-        waiting.get(data.number)(data);
-        waiting.delete(data.number);
+        if (data.started) resolve(started);
+        else settle(data);
       };
     } catch {
       resolve(null);
@@ -123,6 +123,8 @@ const state = {
   wrong: '',           // why the text cannot be used
   seen: null,          // what `look` returned last
   speed: null,         // tokens a second
+  detailTime: 0,       // milliseconds that each layer's guess and the maps take
+  detailed: 0,         // when they were looked at last
 };
 const pieceDecoder = () => new TextDecoder('utf-8', { ignoreBOM: true });
 
@@ -181,8 +183,7 @@ async function write(count, line = false) {
       milliseconds += more.milliseconds;
       state.speed = 1000 * written / milliseconds;
       append(more.ids, more.bytes);
-      refresh();
-      await drawnOnScreen();
+      await refresh();
       if (more.ended) break;
     }
     state.wrong = '';
@@ -206,42 +207,65 @@ const drawnOnScreen = () => new Promise(resolve => {
 
 // ---- looking --------------------------------------------------------------------------------------
 
-let looking = false;
+let looking = null;      // a Promise while there is something to look at
 let lookAgain = false;
 
-// Show what there is to see now. A call while another one is under way makes that one go on.
-async function refresh() {
+// Show what there is to see now; returns a Promise of having shown it. A call while another one is
+// under way makes that one go on.
+function refresh() {
   lookAgain = true;
-  if (looking) return;
-  looking = true;
+  looking ??= lookOn().finally(() => { looking = null; });
+  return looking;
+}
+
+async function lookOn() {
   while (lookAgain) {
     lookAgain = false;
     try {
-      const { ids, off, position, layer, head } = state;
-      const seen = await ask('look', { ids, off: [...off], position, layer, head, lens: true,
-                                       maps: MAP_TOKENS, milliseconds: SLICE });
-      if (seen.next) state.seen = { ...seen, layer, head, position };
-      else lookAgain = true;   // it is still reading
-      show(seen);
+      // details that take long come after the rest, and while writing in a tenth of the time
+      const rest = performance.now() - state.detailed;
+      const soon = state.detailTime < SLICE || state.writing && rest > 10 * state.detailTime;
+      const finished = await look(soon);
+      if (!soon && finished && !lookAgain && !state.writing) await look(true);
     } catch (error) {
       state.wrong = error.message;
       showNote(null);
     }
     await drawnOnScreen();
   }
-  looking = false;
+}
+
+// Look once; returns whether the text has been read to its end before there was a newer one.
+// details: each layer's guess and the maps, too.
+async function look(details) {
+  for (;;) {
+    const { ids, off, position, layer, head } = state;
+    const seen = await ask('look', { ids, off: [...off], position, layer, head, details, size: MAP_TOKENS,
+                                     milliseconds: SLICE });
+    Object.assign(seen, { layer, head, position, off: new Set(off) });
+    if (seen.next) {
+      state.seen = seen;
+      if (seen.maps) {
+        state.detailTime = seen.milliseconds;
+        state.detailed = performance.now();
+      }
+      show(seen);
+      return true;
+    }
+    if (!state.writing) showNote(seen);
+    if (lookAgain && !state.writing) return false;
+  }
 }
 
 function show(seen) {
   showNote(seen);
   showControls();
   showFacts();
-  if (!seen.next) return;
   showNext(seen);
   if (!known.config.n_layer) return;
   showText(seen);
-  showMaps(seen);
-  showLens(seen);
+  if (seen.maps) showMaps(seen);
+  if (seen.lens) showLens(seen);
 }
 
 const plural = (count, word) => `${count.toLocaleString('en')} ${word}${count === 1 ? '' : 's'}`;
@@ -276,36 +300,46 @@ function showFacts() {
   const parts = [plural(facts.parameters, 'parameter') + ' (the numbers that training found)'];
   if (facts.dataset) parts.push(`learned from ${facts.dataset}` + (facts.steps ? ` in ${plural(facts.steps, 'step')}` : ''));
   if (facts.val_loss) {
-    parts.push(`validation loss ${facts.val_loss.toFixed(3)} nats: on text it has not seen, it gives the right `
-      + `${known.word} ${percent(Math.exp(-facts.val_loss))}, in the geometric mean`);
+    parts.push(`validation loss ${facts.val_loss.toFixed(3)} nats on text it has not seen, where blind guessing has `
+      + `${Math.log(config.drawable).toFixed(3)}`);
   }
   parts.push(`sees the last ${plural(config.block_size, known.word)}`);
   parts.push(`weights in ${known.dtype}`);
-  if (state.speed) parts.push(`wrote ${Math.round(state.speed * 10) / 10 >= 10 ? Math.round(state.speed) : state.speed.toFixed(1)} ${known.word}s a second here`);
+  if (state.speed) parts.push(`writes ${state.speed.toFixed(state.speed < 10 ? 1 : 0)} ${known.word}s a second here`);
   $('facts').textContent = parts.join(' · ') + '.';
 }
 
-function showNext({ next }) {
-  const changed = state.off.size > 0;
-  const widest = Math.max(...next.map(({ share, before }) => Math.max(share, changed ? before : 0)));
-  const rows = next.map(({ id, text, share, before }) => {
-    const width = value => `width: ${(100 * value / widest).toFixed(1)}%`;
-    const bars = make('span', { className: 'bars' }, make('span', { className: 'bar', style: width(share) }));
-    const shares = make('span', { className: 'share' }, percent(share));
-    if (changed) {
-      bars.prepend(make('span', { className: 'bar before', style: width(before) }));
-      shares.append(make('small', { textContent: percent(before) }));
-    }
-    const button = make('button', {}, make('code', { textContent: shown(text) }), bars, shares);
-    button.setAttribute('aria-label', `take ${spoken(text)}, ${percent(share)}`
-      + (changed ? `, before ${percent(before)}` : ''));
-    button.addEventListener('click', () => take(id));
-    return make('li', {}, button);
+// The ten rows stay and their content changes, so that a click that has begun finds its button.
+const nextRows = [];
+
+function nextRow() {
+  const parts = { token: make('code'), before: make('span', { className: 'bar before' }),
+                  after: make('span', { className: 'bar' }), share: make('span'), shareBefore: make('small') };
+  const bars = make('span', { className: 'bars' }, parts.before, parts.after);
+  const shares = make('span', { className: 'share' }, parts.share, parts.shareBefore);
+  const button = make('button', {}, parts.token, bars, shares);
+  const row = { ...parts, button, item: make('li', {}, button), id: null };
+  button.addEventListener('click', () => take(row.id));
+  return row;
+}
+
+function showNext({ next, off }) {
+  while (nextRows.length < next.length) nextRows.push(nextRow());
+  if ($('next').childElementCount !== next.length) $('next').replaceChildren(...nextRows.map(row => row.item));
+  const compared = off.size > 0;
+  const widest = Math.max(...next.map(({ share, before }) => Math.max(share, before)));
+  next.forEach(({ id, text, share, before }, i) => {
+    const row = nextRows[i];
+    row.id = id;
+    row.token.textContent = shown(text);
+    row.after.style.width = `${(100 * share / widest).toFixed(1)}%`;
+    row.before.style.width = `${(100 * before / widest).toFixed(1)}%`;
+    row.share.textContent = percent(share);
+    row.shareBefore.textContent = percent(before);
+    row.before.hidden = row.shareBefore.hidden = !compared;
+    row.button.setAttribute('aria-label', `take ${spoken(text)}, ${percent(share)}`
+      + (compared ? `, before ${percent(before)}` : ''));
   });
-  // a focused button keeps the focus
-  const focused = [...$('next').querySelectorAll('button')].indexOf(document.activeElement);
-  $('next').replaceChildren(...rows);
-  if (focused >= 0) $('next').querySelectorAll('button')[focused]?.focus();
 }
 
 const spoken = text => ({ '\n': 'line break', ' ': 'blank', '\t': 'tab' })[text] ?? text;
@@ -357,13 +391,12 @@ function showGaze() {
   });
   $('text').setAttribute('aria-activedescendant', `token-${at}`);
   const most = likeliest(gaze, 4).filter(i => gaze[i] >= 0.01);
-  const line = make('div', {}, `From `, make('code', { textContent: shown(texts[at]) }), ` head ${layer}.${head} takes`);
+  const line = make('div', {}, 'At ', make('code', { textContent: shown(texts[at]) }), `, head ${layer}.${head} looks`);
   most.forEach((i, n) => {
     const back = at === i ? 'itself' : `${at - i} back`;
-    line.append(n ? ', ' : ' ', `${percent(gaze[i])} from `, make('code', { textContent: shown(texts[i]) }), ` (${back})`);
+    line.append(n ? ', ' : ' ', `${percent(gaze[i])} at `, make('code', { textContent: shown(texts[i]) }), ` (${back})`);
   });
-  if (state.off.has(`${layer}.${head}`)) line.append('. It is switched off: what it takes is not used');
-  line.append('.');
+  line.append(state.off.has(`${layer}.${head}`) ? '. It is switched off: what it finds is not used.' : '.');
   $('gaze').replaceChildren(line);
 }
 
@@ -400,8 +433,8 @@ function pickHead(layer, head) {
 
 function makeMaps() {
   const { n_layer, n_head } = known.config;
-  const width = n_head > 8 ? '2.7rem' : '4.5rem';
-  $('maps').style.gridTemplateColumns = `repeat(${n_head}, minmax(${width}, 6.5rem))`;
+  const width = n_head > 8 ? '2.9rem' : '4.5rem';
+  $('maps').style.gridTemplateColumns = `repeat(${n_head}, minmax(${width}, 7.5rem))`;
   for (let layer = 0; layer < n_layer; layer++) {
     $('layer').append(make('option', { value: layer, textContent: layer }));
     for (let head = 0; head < n_head; head++) {
@@ -450,7 +483,7 @@ function showLens({ lens }) {
       make('span', { className: 'bar', style: `width: ${(4 * share).toFixed(2)}em` }), percent(share)));
     return make('tr', {}, make('th', { className: 'text', textContent: name, scope: 'row' }), ...cells);
   });
-  $('lens').replaceChildren(...rows.reverse());
+  $('lens').replaceChildren(...rows);
 }
 
 // ---- the sentences --------------------------------------------------------------------------------
@@ -470,10 +503,19 @@ function showSentences() {
     + 'Press one to take it.';
   const without = [...state.off].join(', ');
   $('next-says').textContent = state.off.size ? `${odds} Blue: without head ${without}. Orange: with all heads.` : odds;
-  $('lens-says').textContent = 'The layers improve the guess one after another. Here each one is asked early: what would come '
-    + `after the ${word} looked from, if the model ended with this layer? The last row before the end is not yet the answer; the `
-    + 'top row is.';
+  $('lens-says').textContent = `The layers improve the guess one after another. Here each one is asked early: what would come `
+    + `after the ${word} looked from, if the model ended here? Before layer 0 it knows that ${word} alone, and often just `
+    + 'repeats it. The last row is its answer.';
   for (const span of document.querySelectorAll('.token-word')) span.textContent = word;
+}
+
+function showSettings() {
+  const value = id => $(id).value;
+  const parts = [`temperature ${value('temperature') || 1}`];
+  if (value('top_k')) parts.push(`top-k ${value('top_k')}`);
+  if (value('top_p')) parts.push(`top-p ${value('top_p')}`);
+  parts.push(`seed ${value('seed') || 0}`);
+  $('settings').querySelector('summary').textContent = `How it chooses: ${parts.join(', ')}`;
 }
 
 // ---- the beginning --------------------------------------------------------------------------------
@@ -499,6 +541,7 @@ function connect() {
       }
       showNote(state.seen);
       showControls();
+      showSettings();
     });
   }
   $('layer').addEventListener('change', () => pickHead(Number($('layer').value), state.head));
@@ -515,6 +558,7 @@ ready.then(() => {
   makeMaps();
   connect();
   showSentences();
+  showSettings();
   $('inside').hidden = !known.config.n_layer;
   $('all').hidden = false;
   $('prompt').value = known.facts.start;

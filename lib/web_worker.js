@@ -70,34 +70,40 @@ const requests = {
     return { ids: fresh, bytes, ended, milliseconds: performance.now() - started };
   },
 
-  // What there is to see at the end of ids, and at `position` of the context: the likeliest tokens,
-  // where a head looks from there, what each layer would guess, and maps of all heads. While ids are
-  // still being read, `of` is larger than `read` and there is nothing else.
-  look({ ids, off, position, layer, head, lens, maps, milliseconds }) {
+  // What there is to see at the end of ids and at `position` of the context: the likeliest tokens, and
+  // where a head looks from there. details: also what each layer would guess, maps of all heads for
+  // the last `size` tokens, and the milliseconds that these took. While ids are still being read,
+  // `read` is less than `of` and there is nothing else.
+  look({ ids, off, position, layer, head, details, size, milliseconds }) {
     const { model, tokenizer } = loaded;
     const { n_layer, drawable } = model.config;
     const context = inContext(ids);
-    const deadline = performance.now() + milliseconds;
     const found = { texts: pieces(tokenizer, context), of: context.length };
     const reading = readingOf(off);
     const whole = readingOf([]);
-    const finished = reading.read(context, deadline) && (reading === whole || whole.read(context, deadline));
+    const deadline = performance.now() + milliseconds;
+    const finished = reading.read(context, deadline) && whole.read(context, deadline);
     found.read = Math.min(reading.ids.length, whole.ids.length);
     if (!finished) return found;
 
-    const shares = softmax(reading.logits().subarray(0, drawable));
-    const before = reading === whole ? shares : softmax(whole.logits().subarray(0, drawable));
-    found.next = likeliest(shares, 10).map(id => (
-      { id, text: decode(tokenizer, [id]), share: shares[id], before: before[id] }));
-    const at = position === null ? context.length - 1 : position;
-    if (n_layer) found.gaze = reading.attention_weights(layer, head, at);
-    if (lens) {
+    const textOf = id => decode(tokenizer, [id]);
+    const odds = logits => softmax(logits.subarray(0, drawable));
+    const after = odds(reading.logits());
+    const before = reading === whole ? after : odds(whole.logits());
+    found.next = likeliest(after, 10).map(id => (
+      { id, text: textOf(id), share: after[id], before: before[id] }));
+    if (!n_layer) return found;
+    const at = position ?? context.length - 1;
+    found.gaze = reading.attention_weights(layer, head, at);
+    if (details) {
+      const started = performance.now();
       found.lens = Array.from({ length: n_layer + 1 }, (_, i) => {
-        const guesses = softmax(reading.logits(at, i).subarray(0, drawable));
-        return likeliest(guesses, 3).map(id => ({ text: decode(tokenizer, [id]), share: guesses[id] }));
+        const guess = odds(reading.logits(at, i));
+        return likeliest(guess, 3).map(id => ({ text: textOf(id), share: guess[id] }));
       });
+      found.maps = smallMaps(reading, size);
+      found.milliseconds = performance.now() - started;
     }
-    if (maps) found.maps = smallMaps(reading, maps);
     return found;
   },
 };

@@ -6,6 +6,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch: two workers and 
 import ctypes
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -206,6 +207,19 @@ def head():
 @pytest.fixture
 def gpt2_files(monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
+
+
+@pytest.fixture(scope='session')
+def browser():
+    """A headless Chromium."""
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not found:
+        pytest.skip('no chromium on this machine; type apt-get install chromium')
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
+        yield browser
+        browser.close()
 
 
 def rewrite(path, tokenizer=None, **knobs):

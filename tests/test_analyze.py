@@ -298,19 +298,6 @@ def test_mistakes(refused, run, flags, words):
     assert not (run / 'out/analysis').exists()
 
 
-@pytest.fixture(scope='session')
-def browser():
-    """A headless Chromium."""
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not found:
-        pytest.skip('no chromium on this machine; type apt-get install chromium')
-    with api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
-
 def test_the_page_in_a_browser(script, run, browser):
     """No error; pickers and keys work; markup stays text; nothing is fetched; a phone need not scroll sideways."""
     tiny(run)[1]()
