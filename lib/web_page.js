@@ -347,7 +347,7 @@ const spoken = text => ({ '\n': 'line break', ' ': 'blank', '\t': 'tab' })[text]
 // Take a token instead of drawing one.
 async function take(id) {
   stop();
-  const { bytes } = await ask('bytes', { id });
+  const bytes = await ask('bytes', { id });
   append([id], bytes);
   refresh();
 }
