@@ -155,9 +155,10 @@ def run_facts(loaded):
 
 
 def written_text(model, tokenizer):
-    """Return a text that the model writes, for the page to begin with: two lines or so."""
+    """Return a text that the model writes, for the page to begin with: a line or two."""
+    count = 16 if tokenizer.end else 48   # GPT-2's tokens are longer, and its page reads slowly
     opening = torch.from_numpy(np.asarray(tokenizer.encode(tokenizer.opening), dtype=np.int64))
-    ids = model.generate(opening[None], min(48, model.config.block_size), temperature=0.8,
+    ids = model.generate(opening[None], min(count, model.config.block_size), temperature=0.8,
                          stop=tokenizer.end, generator=torch.Generator().manual_seed(1337))
     fresh = [i for i in ids[0, len(opening):].tolist() if i != tokenizer.end]
     return tokenizer.decode(fresh).decode('utf-8', 'ignore').strip()

@@ -48,6 +48,7 @@ function startWorker() {
   });
 }
 
+const SLICE = 40;   // milliseconds of work between two looks at the page
 let known = null;   // what `open` returns: config, facts, dtype, end
 
 async function load() {
@@ -70,29 +71,37 @@ const whenParsed = new Promise(resolve => {
 });
 const ready = whenParsed.then(load);
 
+// One call after another: two at the same time would take turns at reading their texts anew.
+let lastCall = ready;
+function inTurn(task) {
+  const call = lastCall.then(task);
+  lastCall = call.catch(() => {});
+  return ready.then(() => call);
+}
+
 // In a page's console: await gpt.generate(await gpt.encode('To be'), 20, {temperature: 0})
 window.gpt = {
   ready,
-  encode: text => ready.then(() => ask('encode', { text })),
-  decode: ids => ready.then(() => ask('decode', { ids: Array.from(ids) })),
-  logits: ids => ready.then(() => ask('logits', { ids: Array.from(ids) })),
-  attention: ids => ready.then(() => ask('attention', { ids: Array.from(ids) })),
-  async generate(ids, count, settings = {}) {
-    await ready;
-    checkSettings(settings);
-    const all = Array.from(ids);
-    const seed = settings.seed ?? Math.floor(Math.random() * 2 ** 32);
-    const fresh = [];
-    while (fresh.length < count) {
-      const { ids: more } = await ask('write', {
-        ids: all, count: count - fresh.length, settings: { temperature: 1, ...settings, seed },
-        drawn: fresh.length, milliseconds: 50 });
-      fresh.push(...more);
-      all.push(...more);
-    }
-    return fresh;
-  },
+  encode: text => inTurn(() => ask('encode', { text })),
+  decode: ids => inTurn(() => ask('decode', { ids: Array.from(ids) })),
+  logits: ids => inTurn(() => ask('logits', { ids: Array.from(ids) })),
+  attention: ids => inTurn(() => ask('attention', { ids: Array.from(ids) })),
+  generate: (ids, count, settings = {}) => inTurn(() => generate(Array.from(ids), count, settings)),
 };
+
+// Returns the new ids. The page's own requests are answered between slices of the work.
+async function generate(ids, count, settings) {
+  checkSettings(settings);
+  const seed = settings.seed ?? Math.floor(Math.random() * 2 ** 32);
+  const fresh = [];
+  while (fresh.length < count) {
+    const { ids: more } = await ask('write', {
+      ids: [...ids, ...fresh], count: count - fresh.length, drawn: fresh.length, milliseconds: SLICE,
+      settings: { temperature: 1, ...settings, seed }, reader: 'program' });
+    fresh.push(...more);
+  }
+  return fresh;
+}
 
 // Throw for a setting that means nothing, as check_sampling of model.py does.
 function checkSettings({ temperature = 1, top_k = null, top_p = null, seed = 0 }) {
@@ -109,7 +118,6 @@ function checkSettings({ temperature = 1, top_k = null, top_p = null, seed = 0 }
 
 const MAP_TOKENS = 48;       // tokens across a small picture of a head
 const LINE_TOKENS = 400;     // tokens at most in one line
-const SLICE = 40;            // milliseconds of work between two looks at the page
 
 const state = {
   ids: [],             // the text, in tokens
@@ -175,8 +183,8 @@ async function write(count, line = false) {
     const settings = settingsOfPage();
     while (state.writing && left > 0) {
       const { ids, drawn } = state;
-      const more = await ask('write', { ids, count: Math.min(left, 64), settings, drawn, off: [...state.off],
-                                        line, ends: true, milliseconds: SLICE });
+      const more = await ask('write', { ids, count: Math.min(left, 64), settings, drawn, reader: 'page',
+                                        off: [...state.off], line, ends: true, milliseconds: SLICE });
       if (!state.writing) break;   // the text may have been changed meanwhile
       left -= more.ids.length;
       written += more.ids.length;
@@ -421,12 +429,17 @@ $('text').addEventListener('keydown', event => {
 function pickHead(layer, head) {
   state.layer = layer;
   state.head = head;
+  showHead();
+  refresh();
+}
+
+function showHead() {
+  const { layer, head } = state;
   $('layer').value = layer;
   $('head').value = head;
   for (const button of $('maps').querySelectorAll('button')) {
     button.setAttribute('aria-pressed', button.dataset.at === `${layer}.${head}`);
   }
-  refresh();
 }
 
 // ---- the heads and their switches -----------------------------------------------------------------
@@ -559,10 +572,11 @@ ready.then(() => {
   connect();
   showSentences();
   showSettings();
+  showHead();
   $('inside').hidden = !known.config.n_layer;
   $('all').hidden = false;
+  if (known.facts.parameters > 20e6) state.detailTime = 1000;   // a guess, until it is measured
   $('prompt').value = known.facts.start;
-  pickHead(0, 0);
   typed();
 }, error => {
   $('facts').textContent = error.message;

@@ -6,7 +6,8 @@ milliseconds and are asked again for the rest.
 */
 
 let loaded = null;             // what unpack returns
-let readings = new Map();      // heads that are off, as text -> the Reading without them
+// Readings by the heads that are off. Each reader has its own, so that neither spoils the other's.
+const readings = { page: new Map(), program: new Map() };
 let chances = new Chances(0);
 
 const requests = {
@@ -25,7 +26,7 @@ const requests = {
 
   // The logits (V) of the token after ids.
   logits({ ids }) {
-    const reading = readingOf([]);
+    const reading = readingOf('program');
     reading.read(inContext(ids));
     return Float32Array.from(reading.logits());
   },
@@ -33,7 +34,7 @@ const requests = {
   // The attention of every head, [layer][head] -> (T·T): rows are queries.
   attention({ ids }) {
     const { n_layer, n_head } = loaded.model.config;
-    const reading = readingOf([]);
+    const reading = readingOf('program');
     reading.read(inContext(ids));
     const T = reading.ids.length;
     const map = (layer, head) => {
@@ -48,11 +49,11 @@ const requests = {
   // Write tokens after ids: `count` of them, or fewer where the time is over or a text's end or,
   // with `line`, a line's end is reached. settings: temperature, top_k, top_p, seed. drawn: tokens
   // that this seed has written before. off: heads that are off, as 'layer.head'.
-  write({ ids, count, settings, drawn, off = [], line = false, ends = false, milliseconds = Infinity }) {
+  write({ ids, count, settings, drawn, reader, off, line, ends, milliseconds }) {
     const { model, tokenizer, end } = loaded;
     const started = performance.now();
     if (chances.seed !== settings.seed) chances = new Chances(settings.seed);
-    const reading = readingOf(off);
+    const reading = readingOf(reader, off);
     const all = ids.length ? Array.from(checked(ids)) : tokenizer.encode(loaded.opening);
     const fresh = [];
     let ended = false;
@@ -79,8 +80,8 @@ const requests = {
     const { n_layer, drawable } = model.config;
     const context = inContext(ids);
     const found = { texts: pieces(tokenizer, context), of: context.length };
-    const reading = readingOf(off);
-    const whole = readingOf([]);
+    const reading = readingOf('page', off);
+    const whole = readingOf('page');
     const deadline = performance.now() + milliseconds;
     const finished = reading.read(context, deadline) && whole.read(context, deadline);
     found.read = Math.min(reading.ids.length, whole.ids.length);
@@ -124,14 +125,16 @@ function checked(ids) {
   return ids;
 }
 
-// The Reading without some heads; the one with all heads and the last other one are kept.
-function readingOf(off) {
+// Returns the Reading of 'page' or 'program' without some heads, 'layer.head'. The one with all heads
+// and the last other one are kept.
+function readingOf(reader, off = []) {
+  const kept = readings[reader];
   const key = [...off].sort().join();
-  if (!readings.has(key)) {
-    for (const other of readings.keys()) if (other) readings.delete(other);
-    readings.set(key, new Reading(loaded.model, new Set(off)));
+  if (!kept.has(key)) {
+    for (const other of kept.keys()) if (other) kept.delete(other);
+    kept.set(key, new Reading(loaded.model, new Set(off)));
   }
-  return readings.get(key);
+  return kept.get(key);
 }
 
 // For each head, in order, the attention among the last `size` tokens (n·n): square roots of the
