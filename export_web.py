@@ -34,7 +34,7 @@ knobs, given = configure(globals())
 GREEDY_TOKENS = 200       # tokens in which a narrower dtype must agree with float32 for 'auto'
 LARGE = 50_000_000        # bytes from which on a page is not for a phone
 LARGEST = 500_000_000     # bytes; browsers cannot hold a text of more than 512 MB
-MEASURED_TOKENS = 16_384  # of the validation split, for what narrower weights cost
+MEASURED_TOKENS = 16_384  # validation tokens on which narrower weights are measured
 
 
 def check_place():
@@ -62,12 +62,14 @@ def check_size(dtype):
     size = web.page_bytes(model, dtype)
     if size > LARGEST:
         smaller = [name for name in web.NUMBER_BYTES if web.page_bytes(model, name) <= LARGEST]
-        advice = f'type --dtype={smaller[-1]}' if smaller else 'type --init_from=gpt2, a smaller one'
+        advice = 'type --init_from=gpt2, a smaller one'
+        if smaller:
+            advice = f'type --dtype={smaller[-1]}'
         fail(f'the page would have {web.size_in_words(size)} with {parameters:,} parameters in '
              f'{dtype}; browsers open pages of up to {web.size_in_words(LARGEST)}; {advice}')
     if size > LARGE:
-        say(f'note: the page will have about {web.size_in_words(size)}: it opens in some seconds on a '
-            f'computer, takes twice that of memory, and is too much for most phones')
+        say(f'note: the page will have about {web.size_in_words(size)}: it opens in some seconds on '
+            f'a computer, takes twice as much memory, and is too much for most phones')
 
 
 def choose_dtype():
@@ -94,8 +96,8 @@ def say_cost(chosen):
         return
     exact = validation_loss(model, data)
     narrow = validation_loss(web.as_in_page(model, chosen), data)
-    say(f'{chosen} costs {narrow - exact:+.5f} nats a token: {narrow:.4f} instead of {exact:.4f} on '
-        f'a sample of the validation split of {data.folder}')
+    say(f'{chosen} costs {narrow - exact:+.5f} nats a token: {narrow:.4f} instead of {exact:.4f} '
+        f'on a sample of the validation split of {data.folder}')
 
 
 def validation_loss(model, data):
@@ -119,7 +121,8 @@ def first_text():
 def known_facts():
     """Return what the page's line of facts says."""
     facts = dict(title='A GPT to look into', parameters=parameters, dataset=opened.dataset,
-                 tokenizer=opened.tokenizer.state()['kind'], steps=None, val_loss=None, start=first_text())
+                 tokenizer=opened.tokenizer.state()['kind'], steps=None, val_loss=None,
+                 start=first_text())
     if init_from == 'resume':
         loaded = checkpoints.load(opened.source)
         facts |= web.run_facts(loaded)

@@ -10,10 +10,13 @@ const make = (tag, properties = {}, ...children) => {
   return element;
 };
 
-const percent = share => share >= 0.0995 ? Math.round(100 * share) + ' %' : (100 * share).toFixed(1) + ' %';
+const percent = share => `${(100 * share).toFixed(share >= 0.0995 ? 0 : 1)} %`;
 
 // A token's text with its white space made visible.
-const shown = text => text.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replaceAll(' ', '␣') || '∅';
+const shown = text => {
+  const visible = text.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replaceAll(' ', '␣');
+  return visible || '∅';
+};
 
 // A token's text in a running text: line breaks stay, and lone white space is made visible.
 const running = text => {

@@ -1,8 +1,8 @@
 """
 HTML pages: one file each, that opens without a network and asks for nothing.
 
-A page in this folder holds {{name}} in the places to fill. A name with a dot is another file of this
-folder, such as a style or a script that several pages share. Other names are contents.
+A page in this folder holds {{name}} in the places to fill. A name with a dot is another file of
+this folder, such as a style or a script that several pages share. Other names are contents.
 """
 import json
 import os

@@ -1,10 +1,12 @@
 """
 One page that holds a model: its weights, its tokenizer, and the program that runs it in a browser.
 
-    web.html          the page
+    web.html web.css  the page and its look
     web_gpt.js        the model, a telling of model.py in JavaScript
     web_tokenizer.js  text to token ids and back
-    web_worker.js     the work that the page asks for, away from the page's own thread
+    web_weights.js    bytes to the model's tensors, and the check that none is damaged
+    web_worker.js     what the page asks of the model, away from the page's own thread
+    web_api.js        the page's end of that, and window.gpt
     web_page.js       what one sees and presses
     page.css page.js  shared with analyze.py's page
 
@@ -110,13 +112,15 @@ def pack(model, dtype):
         return at
 
     for name, p in named_weights(model).items():
-        tensor = dict(name=name, shape=list(p.shape), dtype=dtype if p.dim() == 2 else 'float32')
-        if tensor['dtype'] == 'int8':
+        own_dtype = dtype if p.dim() == 2 else 'float32'
+        tensor = dict(name=name, shape=list(p.shape), dtype=own_dtype)
+        if own_dtype == 'int8':
             numbers, scale = quantized(p)
             tensor['at'] = append(numbers.numpy())
             tensor['scale_at'] = append(scale.numpy().astype('<f4'))
         else:
-            tensor['at'] = append(p.numpy().astype('<f2' if tensor['dtype'] == 'float16' else '<f4'))
+            stored = '<f2' if own_dtype == 'float16' else '<f4'
+            tensor['at'] = append(p.numpy().astype(stored))
         tensors.append(tensor)
     return Packed(tensors, b''.join(pieces))
 
@@ -137,8 +141,8 @@ def packed_tokenizer(tokenizer):
 def config_of(model):
     """Return the fields of GPTConfig that the page computes with."""
     c = model.config
-    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'tie_weights', 'pos', 'norm',
-             'residual', 'qk_norm', 'activation')
+    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'pos', 'norm', 'residual',
+             'qk_norm', 'activation')
     return {name: getattr(c, name) for name in names} | dict(drawable=model.drawable)
 
 

@@ -2,9 +2,9 @@
 /*
 The GPT of model.py, told once more in plain JavaScript. Names and shapes are model.py's:
 
-    T  time, tokens in this call           C   n_embd, the width of a token's vector
-    S  tokens read so far, T among them    nh  n_head, heads in a layer
-    V  vocab_size                          hs  head size, C / nh
+    T  time, tokens in this call         C   n_embd, the width of a token's vector
+    S  tokens read so far, with those    nh  n_head, heads in a layer
+    V  vocab_size                        hs  head size, C / nh
 
     ids (T) -> wte + wpe (T, C) -> n_layer blocks -> ln_f -> lm_head -> logits (V)
 
@@ -13,11 +13,11 @@ Float64Array, because JavaScript multiplies in float64 anyway, and reading a flo
 conversion to every product: 1.5 instead of 1.3 billion products a second.
 */
 
-// ---- linear layers: nearly all of the time is spent here ------------------------------------------
+// ---- linear layers: nearly all of the time is spent here ----------------------------------------
 
-// y (T, out) = x (T, in) · weightᵀ (in, out) + bias. weight: {data (out, in), scale, rows, columns}.
-// Int8 weights are multiplied as they are, and a row's scale comes once at the end. Expanding them
-// to float32 first would take four times the memory, and is no faster for matrices beyond the cache.
+// Return x (T, in) · weightᵀ (in, out) + bias. weight: {data (out, in), scale, rows, columns}.
+// Int8 weights are multiplied as they are, and a row's scale comes once at the end. Expanded to
+// float32 they would take four times the memory, and matrices beyond the cache would be no faster.
 function linear(x, T, { weight, bias }) {
   const { data, scale, rows, columns } = weight;
   const y = new Float64Array(T * rows);                                          // (T, out)
@@ -25,7 +25,9 @@ function linear(x, T, { weight, bias }) {
   for (; t + 4 <= T; t += 4) {
     multiplyFour(y.subarray(t * rows), x.subarray(t * columns), data, rows, columns);
   }
-  for (; t < T; t++) multiplyOne(y.subarray(t * rows), x.subarray(t * columns), data, rows, columns);
+  for (; t < T; t++) {
+    multiplyOne(y.subarray(t * rows), x.subarray(t * columns), data, rows, columns);
+  }
   if (scale) for (let i = 0; i < y.length; i++) y[i] *= scale[i % rows];
   if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % rows];
   return y;
@@ -101,7 +103,7 @@ function multiplyFour(y, x, data, rows, columns) {
   }
 }
 
-// ---- the small layers -----------------------------------------------------------------------------
+// ---- the small layers ---------------------------------------------------------------------------
 
 // x (T, C) -> (T, C). norm: {weight, bias}, null where the config has no norm.
 function layer_norm(x, T, norm) {
@@ -164,7 +166,7 @@ function erf(x) {
   return Math.sign(x) * (1 - polynomial * Math.exp(-x * x));
 }
 
-// In place; returns the largest value's exponent-weighted shares, which sum to 1.
+// Turn values into shares that sum to 1, in place.
 function softmax(values) {
   let largest = -Infinity;
   for (let i = 0; i < values.length; i++) if (values[i] > largest) largest = values[i];
@@ -177,7 +179,7 @@ function softmax(values) {
   return values;
 }
 
-// ---- the model ------------------------------------------------------------------------------------
+// ---- the model ----------------------------------------------------------------------------------
 
 class GPT {
   // config: GPTConfig's fields, and drawable, the number of tokens that sampling may draw.
@@ -227,13 +229,13 @@ function addRow(x, at, { data, scale, columns }, row) {
   for (let i = 0; i < columns; i++) x[at + i] += factor * data[row * columns + i];
 }
 
-// ---- a text as the model has read it --------------------------------------------------------------
+// ---- a text as the model has read it ------------------------------------------------------------
 
 const GROUP = 8;   // tokens that are read together
 
-// Queries, keys and values of every layer and the residual stream between the layers, for the tokens
-// read so far. A text that begins with the same tokens is only read from the first other one on:
-// this is the KV cache of writing, and it makes a keystroke cheap.
+// Queries, keys and values of every layer, and the residual stream between the layers, for the
+// tokens read so far. A text that begins with the same tokens is only read from the first other one
+// on. This is the KV cache of writing, and it makes a keystroke cheap.
 class Reading {
   // off: a Set of 'layer.head', heads whose output is replaced by zeros
   constructor(model, off = new Set()) {
@@ -247,7 +249,7 @@ class Reading {
   }
 
   // Read ids, at most block_size of them, until all are read or the clock passes `deadline`.
-  // Returns whether all are read.
+  // Return whether all are read.
   read(ids, deadline = Infinity) {
     let same = 0;
     while (same < this.ids.length && same < ids.length && this.ids[same] === ids[same]) same++;
@@ -345,7 +347,7 @@ class Reading {
   }
 
   // Where a head looks from a position: softmax(q·kᵀ/√hs) over that token and those before it.
-  // Returns position + 1 shares that sum to 1.
+  // Return position + 1 shares that sum to 1.
   attention_weights(layer, head, position) {
     const { n_head, n_embd: C } = this.model.config;
     const hs = C / n_head;
@@ -370,7 +372,7 @@ class Reading {
   }
 }
 
-// ---- from logits to a token -----------------------------------------------------------------------
+// ---- from logits to a token ---------------------------------------------------------------------
 
 // What the next token is drawn from. logits (V); temperature above 0. top_k keeps the k likeliest
 // tokens, top_p the fewest that hold this share of the probability; null switches either off.
@@ -395,7 +397,10 @@ function probabilities(logits, { temperature = 1, top_k = null, top_p = null } =
 
 // The indices of the `count` largest values, the largest first.
 function likeliest(values, count) {
-  if (count > 20) return Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
+  if (count > 20) {
+    const all = Array.from(values.keys());
+    return all.sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
+  }
   const best = [];
   for (let i = 0; i < values.length; i++) {
     if (best.length === count && values[i] <= values[best[count - 1]]) continue;
@@ -424,8 +429,8 @@ function choose(logits, settings, chance) {
   return draw(probabilities(logits, settings), chance);
 }
 
-// Uniform numbers from [0, 1), decided by a seed. They are the ones that torch.rand draws in float64
-// (the generator is MT19937), so a seed writes here the text that it writes in sample.py.
+// Uniform numbers from [0, 1), decided by a seed. They are those that torch.rand draws in float64,
+// with the generator MT19937, so a seed writes here the text that it writes in sample.py.
 class Chances {
   constructor(seed) {
     this.seed = seed;

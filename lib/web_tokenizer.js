@@ -25,10 +25,10 @@ function charTokenizer({ chars }) {
         else missing.add(character);
       }
       if (missing.size) {
-        const named = [...missing].slice(0, 20).map(character => JSON.stringify(character)).join(', ');
-        const allowed = characters.map(character => character === '\n' ? 'line break' : character);
-        throw new Error(`The model does not know ${named}. It learned from a text with these `
-          + `${characters.length} characters alone: ${allowed.join(' ')}`);
+        const named = [...missing].slice(0, 20).map(each => JSON.stringify(each)).join(', ');
+        const allowed = characters.join('').replace('\n', '⏎').replace(' ', '␣');
+        throw new Error(`The model does not know ${named}. It learned from a text with `
+          + `${characters.length} different characters: ${allowed.slice(0, 300)}`);
       }
       return ids;
     },
@@ -43,14 +43,14 @@ function byteTokenizer() {
 }
 
 const END_OF_TEXT = '<|endoftext|>';
-// GPT-2's words: 's, 't and the like; letters; numbers; other signs, each with a blank before them;
-// white space. \p{White_Space} is what tiktoken means by \s, and JavaScript's \s is not.
+// GPT-2's words: 's, 't and the like; letters, numbers or other signs, with a blank before them;
+// white space. \p{White_Space} is what tiktoken means by \s. JavaScript's \s is another set.
 const WORDS = new RegExp([
   "'(?:[sdmt]|ll|ve|re)", ' ?\\p{L}+', ' ?\\p{N}+', ' ?[^\\p{White_Space}\\p{L}\\p{N}]+',
   '\\p{White_Space}+(?!\\P{White_Space})', '\\p{White_Space}+'].join('|'), 'gu');
 
-// state.bytes: the bytes of tokens 0 to 255. state.merges: pairs of tokens, uint16 in base64; pair i
-// makes token 256 + i. state.end: the token after them, <|endoftext|>.
+// bytes: those of tokens 0 to 255. merges: pairs of tokens, uint16 in base64; pair i makes token
+// 256 + i. end: the token after all merges, <|endoftext|>.
 function bpeTokenizer({ bytes, merges, end }) {
   const tokenBytes = bytes.map(byte => Uint8Array.of(byte));
   const tokenOfByte = new Array(256);

@@ -4,11 +4,12 @@ The weights of the page: base64 to bytes, bytes to the model's tensors, and a ch
 damaged.
 */
 
+const AGAIN = 'Copy or download the file once more.';
+
 // Verify the page's data and return the model and its tokenizer. description: JSON as text.
 // checksum: CRC-32 of the description and the weights, eight hexadecimal digits.
 function unpack({ description, checksum, weights }) {
-  const damaged = 'This page is damaged: its weights do not match their checksum. '
-    + 'Copy or download the file once more.';
+  const damaged = `This page is damaged: its weights do not match their checksum. ${AGAIN}`;
   let bytes;
   try {
     bytes = decodeBase64(weights.trim());
@@ -18,9 +19,10 @@ function unpack({ description, checksum, weights }) {
   const found = crc32(bytes, crc32(new TextEncoder().encode(description)));
   if (found !== parseInt(checksum, 16)) throw new Error(damaged);
   const { config, tokenizer, tensors, facts, dtype } = JSON.parse(description);
-  const model = new GPT(config, Object.fromEntries(tensors.map(each => [each.name, tensor(each, bytes.buffer)])));
-  return { model, tokenizer: makeTokenizer(tokenizer), opening: tokenizer.opening, end: tokenizer.end,
-           facts, dtype };
+  const named = tensors.map(each => [each.name, tensor(each, bytes.buffer)]);
+  const model = new GPT(config, Object.fromEntries(named));
+  return { model, facts, dtype, tokenizer: makeTokenizer(tokenizer),
+           opening: tokenizer.opening, end: tokenizer.end };
 }
 
 // Base64 is decoded a piece at a time: as one text of characters it would take twice its memory.
@@ -36,10 +38,10 @@ function decodeBase64(text) {
   return bytes;
 }
 
-// CRC-32, as zip files have it, going on from the checksum of earlier bytes. It notices every single
-// damaged byte and all but one in four billion of other accidents. A page opened as a file may have
-// no crypto.subtle, and SHA-256 in JavaScript would take three times as long; neither could stop
-// somebody who changes the page on purpose, since the checksum is in the page.
+// CRC-32, as zip files have it, going on from the checksum of earlier bytes. It notices every
+// single damaged byte, and of other accidents all but one in four billion. SHA-256 would notice no
+// more: who changes the page on purpose can change the checksum, too. And a page that is opened as
+// a file may have no crypto.subtle.
 function crc32(bytes, before = 0) {
   const table = new Uint32Array(256);
   for (let i = 0; i < 256; i++) {

@@ -1,17 +1,17 @@
 'use strict';
 /*
-What the page asks of the model. It runs in a worker, so that the page stays responsive; where no
-worker can be made, the page calls `answer` itself. Requests that can take long are given a number of
-milliseconds and are asked again for the rest.
+What the page asks of the model. This runs in a worker, so that the page stays responsive. Where no
+worker can be made, the page calls `answer` itself. Requests that can take long end after a number
+of milliseconds, and are asked again for the rest.
 */
 
-let loaded = null;             // what unpack returns
+let loaded = null;   // what unpack returns
 // Readings by the heads that are off. Each reader has its own, so that neither spoils the other's.
 const readings = { page: new Map(), program: new Map() };
 let chances = new Chances(0);
 
 const requests = {
-  // Returns what the page says about the model.
+  // Return what the page says about the model.
   open(data) {
     loaded = unpack(data);
     const { model, facts, dtype, end, opening } = loaded;
@@ -71,10 +71,10 @@ const requests = {
     return { ids: fresh, bytes, ended, milliseconds: performance.now() - started };
   },
 
-  // What there is to see at the end of ids and at `position` of the context: the likeliest tokens, and
-  // where a head looks from there. details: also what each layer would guess, maps of all heads for
-  // the last `size` tokens, and the milliseconds that these took. While ids are still being read,
-  // `read` is less than `of` and there is nothing else.
+  // What there is to see at the end of ids and at `position` of the context: the likeliest tokens,
+  // and where a head looks from there. details: also what each layer would guess, maps of all heads
+  // for the last `size` tokens, and the milliseconds that these took. While ids are still being
+  // read, `read` is less than `of`, and there is nothing else.
   look({ ids, off, position, layer, head, details, size, milliseconds }) {
     const { model, tokenizer } = loaded;
     const { n_layer, drawable } = model.config;
@@ -109,7 +109,7 @@ const requests = {
   },
 };
 
-// Returns the tokens that the model sees of ids: the last block_size; a text's opening for no ids.
+// Return the tokens that the model sees of ids: the last block_size; a text's opening for no ids.
 function inContext(ids) {
   if (!ids.length) return loaded.tokenizer.encode(loaded.opening);
   return Array.from(checked(ids)).slice(-loaded.model.config.block_size);
@@ -119,14 +119,14 @@ function checked(ids) {
   const V = loaded.model.config.vocab_size;
   for (const id of ids) {
     if (!Number.isInteger(id) || id < 0 || id >= V) {
-      throw new RangeError(`token ${id} does not exist: tokens are whole numbers from 0 to ${V - 1}`);
+      throw new RangeError(`token ${id} does not exist: they are whole numbers from 0 to ${V - 1}`);
     }
   }
   return ids;
 }
 
-// Returns the Reading of 'page' or 'program' without some heads, 'layer.head'. The one with all heads
-// and the last other one are kept.
+// Return the Reading of 'page' or 'program' without some heads, 'layer.head'. The one with all
+// heads and the last other one are kept.
 function readingOf(reader, off = []) {
   const kept = readings[reader];
   const key = [...off].sort().join();
@@ -157,7 +157,7 @@ function smallMaps(reading, size) {
   return maps;
 }
 
-// Returns {value} or {error}.
+// Return {value} or {error}.
 function answer(name, data) {
   try {
     return { value: requests[name](data) };

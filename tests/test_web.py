@@ -290,7 +290,7 @@ def test_writing(opened):
     assert written[2:] == expected and 'sees the last 16' in page.page.inner_text('#note')
     assert page.page.locator('#text span').count() == 16
     page.page.fill('#top_p', '3')
-    assert 'top-p is 3; allowed' in page.page.inner_text('#note')
+    assert 'Top-p is 3; allowed' in page.page.inner_text('#note')
     page.page.fill('#top_p', '')
     page.page.fill('#prompt', 'x')
     page.settled()
@@ -303,7 +303,7 @@ def test_what_cannot_be_read(opened):
     page.settled()
     before = page.page.inner_text('#next')
     page.page.fill('#prompt', 'hellò')
-    page.until('state.wrong')
+    page.until('state.textError')
     assert '"ò"' in page.page.inner_text('#note') and page.page.is_disabled('#one')
     assert page.page.inner_text('#next') == before
     with pytest.raises(Exception, match='does not know "ò"'):
