@@ -68,8 +68,8 @@ def check_size(dtype):
         fail(f'the page would have {web.size_in_words(size)} with {parameters:,} parameters in '
              f'{dtype}; browsers open pages of up to {web.size_in_words(LARGEST)}; {advice}')
     if size > LARGE:
-        say(f'note: the page will have about {web.size_in_words(size)}: it opens in some seconds on '
-            f'a computer, takes twice as much memory, and is too much for most phones')
+        say(f'note: the page will have about {web.size_in_words(size)}: it opens in some seconds '
+            f'on a computer, takes twice as much memory, and is too much for most phones')
 
 
 def choose_dtype():

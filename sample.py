@@ -9,6 +9,7 @@ Write text with a trained model.
 Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it comes.
 """
 import codecs
+import shlex
 import signal
 
 import lib.early  # noqa: F401  # before NumPy and torch
@@ -16,7 +17,7 @@ import lib.early  # noqa: F401  # before NumPy and torch
 import torch
 
 from lib import decoding, runtime
-from lib.checkpoint import open_model
+from lib.checkpoint import flag, open_model
 from lib.configurator import check, configure
 from lib.console import as_typed, fail, read_prompt, say, write
 from lib.data import with_split
@@ -82,6 +83,15 @@ def say_limits(prompt_tokens, block_size):
     if beyond > 0:
         say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size}: '
             f'the window is read anew for each')
+
+
+def the_model():
+    """Return the flag by which another script finds the same model."""
+    if init_from != 'resume':
+        return f' --init_from={shlex.quote(init_from)}'
+    if checkpoint:
+        return f' --checkpoint={shlex.quote(checkpoint)}'
+    return flag(out_dir)
 
 
 class Text:
@@ -171,3 +181,5 @@ with runtime.autocast(device, precision):
     new_tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                         chance, kv_cache)
     write_samples(new_tokens, prompt, opened.tokenizer)
+say(f'for a page that runs this model in a browser and shows its insides, '
+    f'type python export_web.py{the_model()} --to=page.html')

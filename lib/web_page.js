@@ -178,6 +178,7 @@ function show() {
   if (!known.config.n_layer) return;
   showText();
   showGaze();
+  showEffect();
   if (state.seen.maps) showMaps();
   if (state.seen.lens) showLens();
 }
@@ -376,6 +377,7 @@ function keyOnText(event) {
 function makeMaps() {
   const { n_layer, n_head } = known.config;
   const least = n_head > 8 ? '2.9rem' : '4.2rem';
+  if (n_head > 8) $('maps').closest('section').style.flexBasis = '100%';
   $('maps').style.gridTemplateColumns = `repeat(${n_head}, minmax(${least}, 7.5rem))`;
   for (let layer = 0; layer < n_layer; layer++) {
     $('layer').append(make('option', { value: layer, textContent: layer }));
@@ -434,6 +436,16 @@ function pickClearest(maps, n) {
   const [best] = likeliest(clearness, 1);
   const { n_head } = known.config;
   pickHead(Math.floor(best / n_head), best % n_head);
+}
+
+// What the heads that are off change, beside the switches: on a phone the bars are far above.
+function showEffect() {
+  const { next, nextBefore, off } = state.seen;
+  const listed = guesses => guesses.flatMap(({ text, share }, i) =>
+    [i ? ', ' : ' ', make('code', { textContent: shown(text) }), ` ${percent(share)}`]);
+  const parts = ['With all heads:', ...listed(nextBefore), `. Without ${[...off].join(', ')}:`,
+                 ...listed(next.slice(0, 3)), '.'];
+  $('effect').replaceChildren(...off.size ? parts : []);
 }
 
 // ---- each layer's guess -------------------------------------------------------------------------

@@ -87,12 +87,12 @@ const requests = {
     found.read = Math.min(reading.ids.length, whole.ids.length);
     if (!finished) return found;
 
-    const textOf = id => decode(tokenizer, [id]);
+    const guessOf = (id, shares) => ({ id, text: decode(tokenizer, [id]), share: shares[id] });
     const odds = logits => softmax(logits.subarray(0, drawable));
     const after = odds(reading.logits());
     const before = reading === whole ? after : odds(whole.logits());
-    found.next = likeliest(after, 10).map(id => (
-      { id, text: textOf(id), share: after[id], before: before[id] }));
+    found.next = likeliest(after, 10).map(id => ({ ...guessOf(id, after), before: before[id] }));
+    found.nextBefore = likeliest(before, 3).map(id => guessOf(id, before));
     if (!n_layer) return found;
     const at = position ?? context.length - 1;
     found.gaze = reading.attention_weights(layer, head, at);
@@ -100,7 +100,7 @@ const requests = {
       const started = performance.now();
       found.lens = Array.from({ length: n_layer + 1 }, (_, i) => {
         const guess = odds(reading.logits(at, i));
-        return likeliest(guess, 3).map(id => ({ text: textOf(id), share: guess[id] }));
+        return likeliest(guess, 3).map(id => guessOf(id, guess));
       });
       found.maps = smallMaps(reading, size);
       found.milliseconds = performance.now() - started;
