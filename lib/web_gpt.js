@@ -28,8 +28,10 @@ function linear(x, T, { weight, bias }) {
   for (; t < T; t++) {
     multiplyOne(y.subarray(t * rows), x.subarray(t * columns), data, rows, columns);
   }
-  if (scale) for (let i = 0; i < y.length; i++) y[i] *= scale[i % rows];
-  if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % rows];
+  for (let at = 0; at < y.length; at += rows) {
+    if (scale) for (let row = 0; row < rows; row++) y[at + row] *= scale[row];
+    if (bias) for (let row = 0; row < rows; row++) y[at + row] += bias[row];
+  }
   return y;
 }
 
@@ -153,7 +155,8 @@ function rotate(x, hs, position) {
 }
 
 const ACTIVATIONS = {
-  gelu: x => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x))),
+  // 0.5 x (1 + tanh(u)) with tanh(u) = 1 - 2 / (e^2u + 1): Math.exp takes less time than Math.tanh
+  gelu: x => x - x / (Math.exp(2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x)) + 1),
   gelu_erf: x => 0.5 * x * (1 + erf(x / Math.SQRT2)),
   relu2: x => x > 0 ? x * x : 0,
 };

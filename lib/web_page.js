@@ -441,8 +441,10 @@ function pickClearest(maps, n) {
 // What the heads that are off change, beside the switches: on a phone the bars are far above.
 function showEffect() {
   const { next, nextBefore, off } = state.seen;
-  const listed = guesses => guesses.flatMap(({ text, share }, i) =>
-    [i ? ', ' : ' ', make('code', { textContent: shown(text) }), ` ${percent(share)}`]);
+  const listed = guesses => guesses.flatMap(({ text, share }, i) => {
+    const token = make('code', { textContent: shown(text) });
+    return [i ? ', ' : ' ', make('span', { className: 'whole' }, token, ` ${percent(share)}`)];
+  });
   const parts = ['With all heads:', ...listed(nextBefore), `. Without ${[...off].join(', ')}:`,
                  ...listed(next.slice(0, 3)), '.'];
   $('effect').replaceChildren(...off.size ? parts : []);
