@@ -10,7 +10,7 @@ works in the browser's console. Where no worker can be made, requests are answer
 const waiting = new Map();   // number of a request -> its Promise's resolve and reject
 let requested = 0;
 let worker = null;           // null where no worker can be made
-let known = null;            // what the request `open` returns: config, facts, dtype
+let known = null;            // what the request `open` returns: config, facts, dtype, opening
 const SLICE = 40;            // milliseconds of work after which other requests get their turn
 
 // Ask for one of `requests` in web_worker.js; returns a Promise of its value.
@@ -96,11 +96,13 @@ async function generate(ids, count, settings) {
   checkSettings(settings);
   const seed = settings.seed ?? Math.floor(Math.random() * 2 ** 32);
   const fresh = [];
+  let context = ids.length ? ids : known.opening;
   while (fresh.length < count) {
     const { ids: more } = await ask('write', {
-      ids: [...ids, ...fresh], count: count - fresh.length, drawn: fresh.length, reader: 'program',
+      ids: context, count: count - fresh.length, drawn: fresh.length, reader: 'program',
       settings: { temperature: 1, ...settings, seed }, milliseconds: SLICE });
     fresh.push(...more);
+    context = [...context, ...more].slice(-known.config.block_size);
   }
   return fresh;
 }

@@ -55,8 +55,13 @@ async function typed() {
   lookFromEnd();
 }
 
-// Add tokens at the end. bytes: theirs.
+// The part of the text that the model sees.
+const context = () => state.ids.slice(-known.config.block_size);
+
+// Add tokens at the end. bytes: theirs. An empty text goes on from what all texts begin with, which
+// the text box does not show.
 function append(ids, bytes) {
+  if (!state.ids.length) state.ids.push(...known.opening);
   state.ids.push(...ids);
   state.drawn += ids.length;
   state.position = null;
@@ -103,10 +108,10 @@ async function write(count, line = false) {
   const settings = typedSettings();
   state.writing = true;
   while (state.writing && written < count) {
-    const { ids, drawn } = state;
+    const { drawn } = state;
     const more = await ask('write', {
-      ids, drawn, settings, line, count: Math.min(count - written, 64), off: [...state.off],
-      reader: 'page', ends: true, milliseconds: SLICE });
+      ids: context(), drawn, settings, line, count: Math.min(count - written, 64),
+      off: [...state.off], reader: 'page', ends: true, milliseconds: SLICE });
     if (!state.writing) break;   // the text may have changed meanwhile
     written += more.ids.length;
     milliseconds += more.milliseconds;
@@ -153,9 +158,10 @@ async function lookOn() {
 // layer's guess and the maps.
 async function look(details) {
   for (;;) {
-    const { ids, off, position, layer, head } = state;
-    const seen = await ask('look', { ids, off: [...off], position, layer, head, details,
-                                     size: MAP_TOKENS, milliseconds: SLICE });
+    const { off, position, layer, head } = state;
+    const seen = await ask('look', {
+      ids: context(), off: [...off], position, layer, head, details, size: MAP_TOKENS,
+      milliseconds: SLICE });
     if (seen.next) {
       state.seen = { ...seen, layer, head, position, off: new Set(off) };
       if (seen.maps) {

@@ -6,7 +6,8 @@ damaged.
 
 const AGAIN = 'Copy or download the file once more.';
 
-// Verify the page's data and return the model and its tokenizer. description: JSON as text.
+// Verify the page's data and return the model and its tokenizer, with the ids of a text's opening
+// and, where there is one, of the token that ends a text. description: JSON as text.
 // checksum: CRC-32 of the description and the weights, eight hexadecimal digits.
 function unpack({ description, checksum, weights }) {
   const damaged = `This page is damaged: its weights do not match their checksum. ${AGAIN}`;
@@ -21,8 +22,9 @@ function unpack({ description, checksum, weights }) {
   const { config, tokenizer, tensors, facts, dtype } = JSON.parse(description);
   const named = tensors.map(each => [each.name, tensor(each, bytes.buffer)]);
   const model = new GPT(config, Object.fromEntries(named));
-  return { model, facts, dtype, tokenizer: makeTokenizer(tokenizer),
-           opening: tokenizer.opening, end: tokenizer.end };
+  const made = makeTokenizer(tokenizer);
+  return { model, facts, dtype, tokenizer: made, end: tokenizer.end,
+           opening: made.encode(tokenizer.opening) };
 }
 
 // Base64 is decoded a piece at a time: as one text of characters it would take twice its memory.

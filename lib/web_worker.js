@@ -14,8 +14,8 @@ const requests = {
   // Return what the page says about the model.
   open(data) {
     loaded = unpack(data);
-    const { model, facts, dtype, end, opening } = loaded;
-    return { config: model.config, facts, dtype, end, opening };
+    const { model, facts, dtype, opening } = loaded;
+    return { config: model.config, facts, dtype, opening };
   },
 
   encode: ({ text }) => loaded.tokenizer.encode(text),
@@ -54,15 +54,17 @@ const requests = {
     const started = performance.now();
     if (chances.seed !== settings.seed) chances = new Chances(settings.seed);
     const reading = readingOf(reader, off);
-    const all = ids.length ? Array.from(checked(ids)) : tokenizer.encode(loaded.opening);
+    const context = inContext(ids);
     const fresh = [];
     let ended = false;
     while (fresh.length < count && !ended) {
-      if (!reading.read(inContext(all), started + milliseconds)) break;
+      if (!reading.read(context, started + milliseconds)) break;
       const logits = reading.logits().subarray(0, model.config.drawable);
       const id = choose(logits, settings, chances.at(drawn + fresh.length));
       fresh.push(id);
-      all.push(id);
+      context.push(id);
+      // beyond block_size context positions shift, and all of the context is read anew
+      if (context.length > model.config.block_size) context.shift();
       if (ends && id === end) ended = true;
       if (line && tokenizer.bytes(id).includes(10)) ended = true;
       if (performance.now() > started + milliseconds) break;
@@ -111,7 +113,7 @@ const requests = {
 
 // Return the tokens that the model sees of ids: the last block_size; a text's opening for no ids.
 function inContext(ids) {
-  if (!ids.length) return loaded.tokenizer.encode(loaded.opening);
+  if (!ids.length) return loaded.opening.slice();
   return Array.from(checked(ids)).slice(-loaded.model.config.block_size);
 }
 

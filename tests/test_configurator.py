@@ -153,7 +153,7 @@ def test_config_mistakes(folder, text, words, capsys):
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py', 'evaluate.py', 'export_hf.py', 'prepare_shakespeare.py', 'prepare_enwik8.py',
-                                  'prepare_text.py'])
+                                  'prepare_text.py', 'export_web.py'])
 def test_help_lists_every_knob(script, name):
     """Each knob with its default and a comment, on stdout."""
     result = script(name, '--help')

@@ -113,7 +113,7 @@ def home(tmp_path_factory):
 
 BUDGET = {
     'train.py': ['--max_iters=2', '--eval_iters=1', '--device=cpu'], 'sample.py': ['--max_new_tokens=20', '--device=cpu'],
-    'evaluate.py': ['--device=cpu'], 'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'], 'export_hf.py': [],
+    'evaluate.py': ['--device=cpu'], 'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'], 'export_hf.py': [], 'export_web.py': [],
     'prepare_shakespeare.py': ['--input=short.txt'], 'prepare_text.py': [], 'prepare_enwik8.py': ['--data_dir=more'],
     'ablate.py': ['--device=cpu', '--seeds=1', '--variants=1 head', '--flags=--n_layer=1 --n_embd=8 --max_iters=2 --eval_iters=1'],
     'bench.py': ['--device=cpu', '--net=0.8M', '--dtype=float32']}
@@ -179,7 +179,7 @@ def test_command(place, script, command, recwarn):
     assert 'Warning' not in result.err and 'Traceback' not in result.err, result.err
     # a file that an earlier test's script left open is collected in this one, and is no matter of the command
     assert not [str(warning.message) for warning in recwarn if warning.category is not ResourceWarning]
-    assert result.out or name in ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py', 'export_hf.py', 'bench.py'), result.err
+    assert result.out or name in ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py', 'export_hf.py', 'export_web.py', 'bench.py'), result.err
 
 
 SEVERAL_RANKS = [command for command in commands() if 'torchrun' in command]

@@ -69,7 +69,7 @@ class Page:
                                   f'return plain(await {code}); }}', argument)
 
     def until(self, condition):
-        """Wait for a condition. Playwright's wait_for_function needs eval, which the page forbids."""
+        """Wait for a condition. wait_for_function would need eval, which the page forbids."""
         self.page.evaluate(f'(async () => {{ await gpt.ready; while (!({condition})) '
                            f'await new Promise(requestAnimationFrame); }})()')
 
@@ -155,33 +155,43 @@ def test_narrow_weights(opened):
         compare(opened(model, dtype='int8'), web.as_in_page(model, 'int8'), ids, tolerance=1e-3)
 
 
+DRAWS = '''(async () => {
+    const all = [];
+    for (let seed = 0; seed < x.count; seed++) {
+        all.push(...await gpt.generate(x.ids, 1, {...x.settings, seed}));
+    }
+    return all;
+})()'''
+
+
 def test_draws(opened):
     """Draws follow the exact probabilities, and a seed draws what it draws in model.generate."""
     model = tiny(tie_weights=False)
     page = opened(model)
     ids = [5, 3, 60]
     settings = dict(temperature=0.7, top_k=9, top_p=0.9)
+    idx = torch.tensor([ids])
     with torch.no_grad():
-        exact = probabilities(model(torch.tensor([ids]))[0][:, -1], torch.tensor([ids]), **settings)[0].double()
+        exact = probabilities(model(idx)[0][:, -1], idx, **settings)[0].double()
     exact /= exact.sum()
     count = 2000
-    drawn = page(f'(async () => {{ const all = []; for (let seed = 0; seed < {count}; seed++)'
-                 f'all.push(...await gpt.generate(x.ids, 1, {{...x.settings, seed}})); return all; }})()',
-                 dict(ids=ids, settings=settings))
+    drawn = page(DRAWS, dict(ids=ids, count=count, settings=settings))
     kept = exact.nonzero()[:, 0].tolist()
     assert set(drawn) <= set(kept) and len(kept) > 3
     observed = [drawn.count(i) for i in kept]
     assert stats.chisquare(observed, [count * exact[i].item() for i in kept]).pvalue > 0.001
     for seed in (1337, 2**32 + 5):
-        expected = [int(new) for new in model.stream(torch.tensor([ids]), 40, 0.8, 20, 0.95,
-                                                     chance=chances([seed], 40))]
-        found = page(f'gpt.generate(x, 40, {{temperature: 0.8, top_k: 20, top_p: 0.95, seed: {seed}}})', ids)
-        assert found == expected
+        stream = model.stream(idx, 40, 0.8, 20, 0.95, chance=chances([seed], 40))
+        settings = dict(temperature=0.8, top_k=20, top_p=0.95, seed=seed)
+        found = page('gpt.generate(x.ids, 40, x.settings)', dict(ids=ids, settings=settings))
+        assert found == [int(new) for new in stream]
 
 
-SCRIPTS = ['The quick brown fox can\'t, won\'t and shouldn\'t: 12,345.67!', 'Ελληνικά και Кириллица',
-           'العربية مرحبا 123', '中文字符 日本語のテキスト 한국어', 'हिन्दी भाषा ไทย', '😀👩‍👩‍👧 🇩🇪 e\u0301 ﬁ ½ Ⅷ',
-           '  two  blanks \n\n\t tabs\u00a0\u2003\u0085\ufeff end  ', 'a<|endoftext|>b', '\r\n\x00\x7f', '']
+SCRIPTS = [
+    "The quick brown fox can't, won't and shouldn't: 12,345.67!",
+    'Ελληνικά και Кириллица', 'العربية مرحبا 123', '中文字符 日本語のテキスト 한국어', 'हिन्दी भाषा ไทย',
+    '😀👩\u200d👩\u200d👧 🇩🇪 e\u0301 ﬁ ½ Ⅷ', '  two  blanks \n\n\t tabs\u00a0\u2003\u0085\ufeff end  ',
+    'a<|endoftext|>b', '\r\n\x00\x7f', '']
 
 
 def test_gpt2_bpe(opened, gpt2_files):
@@ -246,10 +256,12 @@ def test_looking_inside(opened):
 
     page.page.locator('#maps input').nth(2).uncheck()
     page.settled()
-    after = page.page.evaluate('state.seen.next')
-    assert [row['share'] for row in after] == pytest.approx(without.topk(10).values.tolist(), abs=1e-4)
-    assert [row['before'] for row in after] == pytest.approx(whole[[row['id'] for row in after]].tolist(),
-                                                             abs=1e-4)
+    rows = page.page.evaluate('state.seen.next')
+    best = without.topk(10)
+    assert [row['share'] for row in rows] == pytest.approx(best.values.tolist(), abs=1e-4)
+    before = whole[[row['id'] for row in rows]]
+    assert [row['before'] for row in rows] == pytest.approx(before.tolist(), abs=1e-4)
+    assert 'Without 1.0: ' in page.page.inner_text('#effect')
     assert page.page.locator('#next .before:visible').count() == 10
     page.page.click('#all-on')
     page.settled()
@@ -281,7 +293,7 @@ def test_writing(opened):
     page.page.fill('#seed', '7')
     page.page.click('#on')
     page.until('state.ids.length > 40')
-    page.page.click('#on')   # its name is Stop now
+    page.page.click('#on')   # the button says Stop now
     page.settled()
     written = tokenizer.encode(value()).tolist()
     idx = torch.tensor([written[:2]])
@@ -313,11 +325,14 @@ def test_what_cannot_be_read(opened):
     page.page.fill('#prompt', '')
     page.settled()
     assert 'empty' in page.page.inner_text('#note') and page.page.is_enabled('#one')
-    assert page('gpt.logits([])') == page('gpt.logits(x)', [CHARS.index('\n')] and
-                                          CharTokenizer(CHARS).encode('\n').tolist())
+    opening = CharTokenizer(CHARS).encode('\n').tolist()
+    assert page('gpt.logits([])') == page('gpt.logits(x)', opening)
+    greedy = 'gpt.generate(x, 40, {temperature: 0})'
+    assert page(greedy, []) == page(greedy, opening)
     page.page.fill('#prompt', NASTY)
     page.settled()
-    assert page.page.title() == 'A <GPT>' and page.page.inner_text('#text').replace('␣', ' ') in NASTY
+    assert page.page.title() == 'A <GPT>'
+    assert page.page.inner_text('#text').replace('␣', ' ') in NASTY
     ids = CharTokenizer(CHARS).encode(NASTY).tolist()
     assert page('gpt.logits(x)', ids) == page('gpt.logits(x)', ids[-16:])
 
@@ -360,8 +375,9 @@ def test_a_damaged_page(context, folder):
     letter = whole[weights + 1000]
     changed = whole[:weights + 1000] + ('B' if letter == 'A' else 'A') + whole[weights + 1001:]
     told = whole.replace('"block_size": 16', '"block_size": 17')
+    sign = whole[:weights + 900] + '*' + whole[weights + 901:]
     cases = dict(changed=changed, cut=whole[:-3000], shorter=whole[:weights + 2000], told=told,
-                 lost=whole[:weights - 50], sign=whole[:weights + 900] + '*' + whole[weights + 901:])
+                 lost=whole[:weights - 50], sign=sign)
     for name, content in cases.items():
         (folder / f'{name}.html').write_text(content, encoding='utf-8')
         page = Page(context(), folder / f'{name}.html')
@@ -424,14 +440,16 @@ def test_mistakes(script, refused, trained, folder, modes_hold, monkeypatch):
     refused('export_web.py', run, '--to=f.html', words=['f.html', 'folder'])
     (folder / 'closed').mkdir()
     os.chmod('closed', 0o555)
-    refused('export_web.py', run, '--to=closed/p.html', words=['closed/p.html', 'cannot be written'])
+    refused('export_web.py', run, '--to=closed/p.html',
+            words=['closed/p.html', 'cannot be written'])
     (folder / 'file').write_text('')
     refused('export_web.py', run, '--to=file/p.html', words=['file/p.html', 'cannot be written'])
     assert sorted(os.listdir()) == ['closed', 'f.html', 'file']
 
     nanogpt = tiny()
     torch.save(dict(model=nanogpt.state_dict(), model_args=asdict(nanogpt.config)), 'ckpt.pt')
-    refused('export_web.py', '--checkpoint=ckpt.pt', '--to=p.html', words=['ckpt.pt', 'no tokenizer'])
+    refused('export_web.py', '--checkpoint=ckpt.pt', '--to=p.html',
+            words=['ckpt.pt', 'no tokenizer'])
     large = tiny()
     with torch.no_grad():
         large.transformer.wte.weight[0, 0] = 1e6
@@ -440,7 +458,8 @@ def test_mistakes(script, refused, trained, folder, modes_hold, monkeypatch):
     torch.save(saved, 'large.pt')
     refused('export_web.py', '--checkpoint=large.pt', '--to=p.html', '--dtype=float16',
             words=['65,504', '--dtype=float32'])
-    monkeypatch.setattr('lib.web.page_bytes', lambda model, dtype: 1e8 * web.NUMBER_BYTES[dtype] + 1.5e8)
+    sizes = dict(int8=250e6, float16=350e6, float32=550e6)
+    monkeypatch.setattr('lib.web.page_bytes', lambda model, dtype: sizes[dtype])
     refused('export_web.py', run, '--to=p.html', '--dtype=float32',
             words=['550.0 MB', '500.0 MB', '--dtype=float16'])
     result = script('export_web.py', run, '--to=p.html', '--dtype=int8')

@@ -119,7 +119,7 @@ def in_torch(model, net):
 def processor():
     """Return the processor's name, as far as the system tells."""
     try:
-        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text('utf-8'))
     except OSError:
         found = None
     return found[1] if found else platform.processor()
