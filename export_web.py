@@ -34,7 +34,8 @@ knobs, given = configure(globals())
 GREEDY_TOKENS = 200       # tokens in which a narrower dtype must agree with float32 for 'auto'
 LARGE = 50_000_000        # bytes from which on a page is not for a phone
 LARGEST = 500_000_000     # bytes; browsers cannot hold a text of more than 512 MB
-MEASURED_TOKENS = 16_384  # validation tokens on which narrower weights are measured
+MEASURED_TOKENS = 65_536  # most validation tokens on which narrower weights are measured
+MEASURED_FLOPS = 10**12   # most operations that this may take: ten seconds or so
 
 
 def check_place():
@@ -44,9 +45,11 @@ def check_place():
              f'type python export_web.py --to=page.html')
     if os.path.isdir(to):
         fail(f'--to={to} is a folder, and a page is a file; type --to={to.rstrip("/")}-page.html')
+    place = folder   # or the folder above it that exists: new ones are made with the page
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         cannot_be_written(error)
@@ -62,7 +65,7 @@ def check_size(dtype):
     size = web.page_bytes(model, dtype)
     if size > LARGEST:
         smaller = [name for name in web.NUMBER_BYTES if web.page_bytes(model, name) <= LARGEST]
-        advice = 'type --init_from=gpt2, a smaller one'
+        advice = 'type --init_from=gpt2, or --checkpoint=FILE for another smaller one'
         if smaller:
             advice = f'type --dtype={smaller[-1]}'
         fail(f'the page would have {web.size_in_words(size)} with {parameters:,} parameters in '
@@ -73,8 +76,9 @@ def check_size(dtype):
 
 
 def choose_dtype():
-    """Return the dtype of the page's weights: the one asked for, or for 'auto' the narrowest that
-    writes what float32 writes."""
+    """Return the dtype of the page's weights.
+
+    For 'auto' it is the narrowest that writes what float32 writes."""
     if dtype == 'float16' and not web.fits_float16(model):
         fail(f'{opened.where} has weights above 65,504, the largest number in float16; '
              f'allowed are int8 and float32; type --dtype=float32')
@@ -88,23 +92,31 @@ def choose_dtype():
     return chosen
 
 
-def say_cost(chosen):
-    """Say what the narrower weights cost on the validation split, where there is one here."""
+def say_costs():
+    """Say what narrower weights cost on the validation split, where there is one here."""
+    narrower = [dtype]
+    if dtype == 'auto':
+        narrower = ['int8', 'float16'] if web.fits_float16(model) else ['int8']
+    elif dtype == 'float32':
+        return
     data, why_not = with_split(opened.dataset, opened.tokenizer, opened.data_dirs)
     if data is None:
-        say(f'note: what {chosen} costs was not measured: {why_not}; type --data_dir=FOLDER')
+        say(f'note: what {" and ".join(narrower)} cost was not measured: {why_not}; '
+            f'type --data_dir=FOLDER')
         return
     exact = validation_loss(model, data)
-    narrow = validation_loss(web.as_in_page(model, chosen), data)
-    say(f'{chosen} costs {narrow - exact:+.5f} nats a token: {narrow:.4f} instead of {exact:.4f} '
-        f'on a sample of the validation split of {data.folder}')
+    for name in narrower:
+        loss = validation_loss(web.as_in_page(model, name), data)
+        say(f'{name} costs {loss - exact:+.5f} nats a token: {loss:.4f} instead of {exact:.4f} '
+            f'on a sample of the validation split of {data.folder}')
 
 
 def validation_loss(model, data):
     """Return the mean loss of the same tokens in every call, in nats."""
     block_size = model.config.block_size
-    texts = max(1, min(16, MEASURED_TOKENS // block_size))
-    batches = max(1, MEASURED_TOKENS // (texts * block_size))
+    tokens = min(MEASURED_TOKENS, MEASURED_FLOPS // (2 * parameters))
+    texts = max(1, min(16, tokens // block_size))
+    batches = max(1, tokens // (texts * block_size))
     pairs = evaluation_batches(data, 'val', block_size, texts, batches=batches)
     return mean_loss(model, pairs, 'cpu', 'float32')
 
@@ -136,6 +148,7 @@ def known_facts():
 def write_page(page):
     """Write the page whole or not at all."""
     try:
+        os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as part:
             path = os.path.join(part, 'page.html')
             with open(path, 'w', encoding='utf-8') as f:
@@ -157,8 +170,7 @@ exit_on_signals()   # a signal removes what is half-written
 say(f'{opened.where}, {parameters:,} parameters')
 
 chosen = choose_dtype()
-if chosen != 'float32':
-    say_cost(chosen)
+say_costs()
 page = web.make_page(model, opened.tokenizer, chosen, known_facts())
 write_page(page)
 say(f'{to}: {web.size_in_words(os.path.getsize(to))}, weights in {chosen}; open it in a browser')

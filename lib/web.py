@@ -176,7 +176,8 @@ def make_page(model, tokenizer, dtype, facts):
                                facts=facts))
     # one checksum over both, so that damage to either is noticed
     checksum = zlib.crc32(packed.data, zlib.crc32(description.encode('ascii')))
-    return fill('web.html', title=html.escape(facts['title']), description=description,
+    title = facts['title'].encode('utf-8', 'replace').decode()   # a folder's name need not be UTF-8
+    return fill('web.html', title=html.escape(title), description=description,
                 checksum=f'{checksum:08x}', weights=base64.b64encode(packed.data).decode('ascii'))
 
 
