@@ -42,3 +42,19 @@ function paint(canvas, n, value) {
   }
   context.putImageData(image, 0, 0);
 }
+
+// Fill a table with what each layer would guess: a row before the first layer, and one after each.
+// guesses: [{text, share}] for each row.
+function showGuesses(table, guesses) {
+  const title = text => make('th', { className: 'text', textContent: text });
+  const rows = guesses.map((row, i) => {
+    const cells = row.map(({ text, share }) => {
+      const bar = make('span', { className: 'bar', style: `width: ${(3 * share).toFixed(2)}em` });
+      const token = make('code', { textContent: shown(text) });
+      return make('td', { className: 'text' }, token, bar, percent(share));
+    });
+    return make('tr', {}, title(i ? `after layer ${i - 1}` : 'before layer 0'), ...cells);
+  });
+  const titles = ['', 'likeliest', 'second', 'third'].map(title);
+  table.replaceChildren(make('tr', {}, ...titles), ...rows);
+}

@@ -186,7 +186,7 @@ function show() {
   showGaze();
   showEffect();
   if (state.seen.maps) showMaps();
-  if (state.seen.lens) showLens();
+  if (state.seen.lens) showGuesses($('lens'), state.seen.lens);
 }
 
 // ---- notes, controls and facts ------------------------------------------------------------------
@@ -259,7 +259,7 @@ function showNext() {
     $('next').append(nextRows.at(-1).item);
   }
   const compared = off.size > 0;
-  const widest = Math.max(...next.map(({ share, before }) => Math.max(share, before)));
+  const widest = Math.max(0.1, ...next.map(({ share, before }) => Math.max(share, before)));
   const width = share => `${(100 * share / widest).toFixed(1)}%`;
   next.forEach(({ id, text, share, before }, i) => {
     const row = nextRows[i];
@@ -454,24 +454,6 @@ function showEffect() {
   const parts = ['With all heads:', ...listed(nextBefore), `. Without ${[...off].join(', ')}:`,
                  ...listed(next.slice(0, 3)), '.'];
   $('effect').replaceChildren(...off.size ? parts : []);
-}
-
-// ---- each layer's guess -------------------------------------------------------------------------
-
-function showLens() {
-  const { lens } = state.seen;
-  const title = text => make('th', { className: 'text', textContent: text });
-  const rows = lens.map((guesses, i) => {
-    const row = make('tr', {}, title(i ? `after layer ${i - 1}` : 'before layer 0'));
-    for (const { text, share } of guesses) {
-      const bar = make('span', { className: 'bar', style: `width: ${(3 * share).toFixed(2)}em` });
-      const token = make('code', { textContent: shown(text) });
-      row.append(make('td', { className: 'text' }, token, bar, percent(share)));
-    }
-    return row;
-  });
-  const titles = ['', 'likeliest', 'second', 'third'].map(title);
-  $('lens').replaceChildren(make('tr', {}, ...titles), ...rows);
 }
 
 // ---- the beginning ------------------------------------------------------------------------------

@@ -316,6 +316,7 @@ def test_the_page_in_a_browser(script, run, browser):
         for key in ('ArrowRight', 'ArrowRight', 'ArrowRight', 'ArrowDown'):
             page.keyboard.press(key)
         assert page.input_value('#head') == '1' and page.input_value('#layer') == '0'
+        assert page.locator('#lens tr').count() == 4 and 'after layer 1' in page.inner_text('#lens')
         assert 'Token 2' in page.inner_text('#said') and 'head 0.1' in page.inner_text('#said')
         shares = [float(share) for share in re.findall(r'([\d.]+) % \((?:\d+ back|itself)\)', page.inner_text('#said'))]
         assert 98 <= sum(shares) <= 102   # of all three tokens so far

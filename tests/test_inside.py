@@ -205,3 +205,20 @@ def test_principal_components_and_neighbours():
     vectors = torch.tensor([[1.0, 0], [2, 0.1], [0, 1], [-1, 0]])
     near, cosines = inside.neighbours(vectors, [0], 10)
     assert near.tolist() == [[1, 2, 3]] and cosines[0].tolist() == pytest.approx([20 / math.hypot(20, 1), 0, -1])
+
+
+def test_layer_guesses():
+    """Before the first block the stream is the embedding; after the last one the guess is the model's."""
+    torch.manual_seed(0)
+    for norm in ('pre', 'post', 'none'):
+        model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, norm=norm)).eval()
+        model.drawable = 9
+        idx = torch.tensor([[1, 5, 2]])
+        tokens, shares = inside.layer_guesses(model, idx, 3)
+        assert tokens.shape == shares.shape == (3, 3, 3)
+        with torch.no_grad():
+            expected = model(idx)[0][0, :, :9].softmax(dim=1).topk(3, dim=1)
+            x = model.transformer.wte(idx) + model.transformer.wpe.weight[:3]
+            first = model.lm_head(model.transformer.ln_f(x))[0, :, :9].softmax(dim=1).topk(3, dim=1)
+        assert torch.equal(tokens[2], expected.indices) and torch.allclose(shares[2], expected.values)
+        assert torch.equal(tokens[0], first.indices) and torch.allclose(shares[0], first.values)
