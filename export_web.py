@@ -75,6 +75,14 @@ def check_size(dtype):
             f'on a computer, takes twice as much memory, and is too much for most phones')
 
 
+def check_tokenizer():
+    """Fail for a tokenizer that the page does not know."""
+    kind = opened.tokenizer.state()['kind']
+    if kind not in web.TOKENIZERS:
+        fail(f"{opened.where}: the page has no tokenizer {kind}; allowed are "
+             f"{', '.join(web.TOKENIZERS)}; type --checkpoint=FILE for a model with one of them")
+
+
 def choose_dtype():
     """Return the dtype of the page's weights.
 
@@ -122,19 +130,19 @@ def validation_loss(model, data):
 
 
 def first_text():
-    """Return the text that the page begins with."""
-    if start:
-        text = read_prompt(start)
-        opened.tokenizer.encode(text)   # fails for characters that the model does not know
-        return text
-    return web.written_text(model, opened.tokenizer)
+    """Return the text that the page begins with; fail for characters that the model lacks."""
+    if not start:
+        return web.written_text(model, opened.tokenizer)
+    text = read_prompt(start)
+    opened.tokenizer.encode(text)
+    return text
 
 
 def known_facts():
     """Return what the page's line of facts says."""
     facts = dict(title='A GPT to look into', parameters=parameters, dataset=opened.dataset,
                  tokenizer=opened.tokenizer.state()['kind'], steps=None, val_loss=None,
-                 start=first_text())
+                 start=beginning)
     if init_from == 'resume':
         loaded = checkpoints.load(opened.source)
         facts |= web.run_facts(loaded)
@@ -166,9 +174,11 @@ check_place()
 opened = open_model(init_from, out_dir, checkpoint, data_dir, given)
 model = opened.model.eval()
 parameters = model.num_params()
+check_tokenizer()
 exit_on_signals()   # a signal removes what is half-written
 say(f'{opened.where}, {parameters:,} parameters')
 
+beginning = first_text()
 chosen = choose_dtype()
 say_costs()
 page = web.make_page(model, opened.tokenizer, chosen, known_facts())

@@ -28,6 +28,7 @@ from lib.tokenizers import gpt2_merges
 
 # from the smallest page to the largest: bytes for each number of a matrix
 NUMBER_BYTES = dict(int8=1, float16=2, float32=4)
+TOKENIZERS = ('char', 'byte', 'gpt2')   # those that web_tokenizer.js knows
 ALIGNED = 4   # a tensor begins at a multiple of this many bytes
 
 

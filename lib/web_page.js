@@ -21,6 +21,7 @@ const state = {
   writing: false,
   textError: '',       // why the text cannot be used
   settingError: '',    // why the settings cannot be used
+  failure: '',         // what went wrong in the worker, such as too little memory
   seen: null,          // what there was to see last
   speed: null,         // tokens a second
   detailTime: 0,       // milliseconds that each layer's guess and the maps take
@@ -148,8 +149,15 @@ async function lookOn() {
     // details that take long come after the rest, and while writing in a tenth of the time
     const rest = performance.now() - state.detailed;
     const soon = state.detailTime < SLICE || state.writing && rest > 10 * state.detailTime;
-    const finished = await look(soon);
-    if (!soon && finished && !lookAgain && !state.writing) await look(true);
+    try {
+      const finished = await look(soon);
+      if (!soon && finished && !lookAgain && !state.writing) await look(true);
+      state.failure = '';
+    } catch (error) {
+      state.failure = error.message;
+      stop();
+      showNote();
+    }
     await nextFrame();
   }
 }
@@ -192,8 +200,9 @@ function show() {
 // ---- notes, controls and facts ------------------------------------------------------------------
 
 function showNote(progress = '') {
-  const { ids, textError, settingError } = state;
+  const { ids, textError, settingError, failure } = state;
   const { block_size } = known.config;
+  const wrong = textError || settingError || failure;
   let note = progress;
   if (!ids.length) note += 'The text is empty: the model begins as its texts begin.';
   if (ids.length > block_size) {
@@ -201,8 +210,8 @@ function showNote(progress = '') {
       + `${block_size}, shown below. It reads them anew for each ${known.word}, because all of `
       + 'them have moved, and so it writes more slowly now.';
   }
-  $('note').textContent = textError || settingError || note;
-  $('note').classList.toggle('wrong', Boolean(textError || settingError));
+  $('note').textContent = wrong || note;
+  $('note').classList.toggle('wrong', Boolean(wrong));
   $('prompt').setAttribute('aria-invalid', Boolean(textError));
 }
 
@@ -505,6 +514,7 @@ function begin() {
   makeMaps();
   showHead();
   connect();
+  $('facts').removeAttribute('role');   // a screen reader need not say each new speed
   $('inside').hidden = !known.config.n_layer;
   $('all').hidden = false;
   if (known.facts.parameters > LARGE) state.detailTime = 1000;   // a guess, until it is measured
