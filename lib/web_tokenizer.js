@@ -66,21 +66,23 @@ function bpeTokenizer({ bytes, merges, end }) {
   tokenBytes[end] = utf8(END_OF_TEXT);
   const known = new Map();   // word -> its ids; words come again
 
-  // The ids of a word: of all neighbours, the pair that was learned first is merged first.
+  const mergedAt = (ids, i) => merged.get(ids[i] * 65536 + ids[i + 1]) ?? Infinity;
+
+  // The ids of a word: the pair that was learned first is merged first, wherever it occurs. What a
+  // merge makes can only be merged later, since its own merges were learned later.
   function encodeWord(word) {
-    const ids = Array.from(utf8(word), byte => tokenOfByte[byte]);
+    let ids = Array.from(utf8(word), byte => tokenOfByte[byte]);
     for (;;) {
       let first = Infinity;
-      let at = -1;
-      for (let i = 0; i + 1 < ids.length; i++) {
-        const token = merged.get(ids[i] * 65536 + ids[i + 1]);
-        if (token < first) {
-          first = token;
-          at = i;
-        }
+      for (let i = 0; i + 1 < ids.length; i++) first = Math.min(first, mergedAt(ids, i));
+      if (first === Infinity) return ids;
+      const shorter = [];
+      for (let i = 0; i < ids.length; i++) {
+        const merges = i + 1 < ids.length && mergedAt(ids, i) === first;
+        shorter.push(merges ? first : ids[i]);
+        if (merges) i++;
       }
-      if (at < 0) return ids;
-      ids.splice(at, 2, first);
+      ids = shorter;
     }
   }
 

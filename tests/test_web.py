@@ -191,7 +191,7 @@ SCRIPTS = [
     "The quick brown fox can't, won't and shouldn't: 12,345.67!",
     'Ελληνικά και Кириллица', 'العربية مرحبا 123', '中文字符 日本語のテキスト 한국어', 'हिन्दी भाषा ไทย',
     '😀👩\u200d👩\u200d👧 🇩🇪 e\u0301 ﬁ ½ Ⅷ', '  two  blanks \n\n\t tabs\u00a0\u2003\u0085\ufeff end  ',
-    'a<|endoftext|>b', '\r\n\x00\x7f', '']
+    'a<|endoftext|>b', '\r\n\x00\x7f', 'aB' * 2000, '']
 
 
 def test_gpt2_bpe(opened, gpt2_files):
