@@ -94,13 +94,13 @@ window.gpt = {
 // Return the new ids. Between slices of the work, the page's own requests get their turn.
 async function generate(ids, count, settings) {
   checkSettings(settings);
-  const seed = settings.seed ?? Math.floor(Math.random() * 2 ** 32);
+  const { temperature = 1, top_k, top_p, seed = Math.floor(Math.random() * 2 ** 32) } = settings;
   const fresh = [];
   let context = ids.length ? ids : known.opening;
   while (fresh.length < count) {
     const { ids: more } = await ask('write', {
       ids: context, count: count - fresh.length, drawn: fresh.length, reader: 'program',
-      settings: { temperature: 1, ...settings, seed }, milliseconds: SLICE });
+      settings: { temperature, top_k, top_p, seed }, milliseconds: SLICE });
     fresh.push(...more);
     context = [...context, ...more].slice(-known.config.block_size);
   }

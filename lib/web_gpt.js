@@ -10,14 +10,14 @@ The GPT of model.py, told once more in plain JavaScript. Names and shapes are mo
 
 There is one text, so there is no B. A matrix is a typed array, row after row. Activations are
 Float64Array, because JavaScript multiplies in float64 anyway, and reading a float32 would add a
-conversion to every product: 1.5 instead of 1.3 billion products a second.
+conversion to every product: 1.5 instead of 1.3 billion products a second for a small matrix.
 */
 
 // ---- linear layers: nearly all of the time is spent here ----------------------------------------
 
 // Return x (T, in) · weightᵀ (in, out) + bias. weight: {data (out, in), scale, rows, columns}.
 // Int8 weights are multiplied as they are, and a row's scale comes once at the end. Expanded to
-// float32 they would take four times the memory, and matrices beyond the cache would be no faster.
+// float32 they would take four times the memory, and a net of 10.65M would write 1.1 times as fast.
 function linear(x, T, { weight, bias }) {
   const { data, scale, rows, columns } = weight;
   const y = new Float64Array(T * rows);                                          // (T, out)
@@ -131,7 +131,7 @@ function rms_norm(x, hs) {
   for (let at = 0; at < x.length; at += hs) {
     let square = 0;
     for (let i = at; i < at + hs; i++) square += x[i] * x[i] / hs;
-    const inverse = 1 / Math.sqrt(square + 2 ** -23);
+    const inverse = 1 / Math.sqrt(square + 2 ** -23);   // float32's epsilon, as in torch
     for (let i = at; i < at + hs; i++) x[i] *= inverse;
   }
 }
@@ -265,7 +265,7 @@ class Reading {
     return true;
   }
 
-  // Let the caches hold this many tokens; each is (capacity, C).
+  // Let the caches, (capacity, C) each, hold this many tokens.
   makeRoom(tokens) {
     if (tokens <= this.capacity) return;
     const { block_size, n_embd } = this.model.config;
@@ -283,7 +283,7 @@ class Reading {
     this.streams = this.streams.map(larger);
   }
 
-  // The next tokens, ids (T): fill the caches.
+  // Read the next tokens, ids (T), into the caches.
   forward(ids) {
     const past = this.ids.length;
     const C = this.model.config.n_embd;

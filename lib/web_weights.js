@@ -42,8 +42,8 @@ function decodeBase64(text) {
 
 // CRC-32, as zip files have it, going on from the checksum of earlier bytes. It notices every
 // single damaged byte, and of other accidents all but one in four billion. SHA-256 would notice no
-// more: who changes the page on purpose can change the checksum, too. And a page that is opened as
-// a file may have no crypto.subtle.
+// more: whoever changes the page on purpose can change the checksum, too. And a page that is opened
+// as a file may have no crypto.subtle.
 function crc32(bytes, before = 0) {
   const table = new Uint32Array(256);
   for (let i = 0; i < 256; i++) {

@@ -11,7 +11,7 @@ const readings = { page: new Map(), program: new Map() };
 let chances = new Chances(0);
 
 const requests = {
-  // Return what the page says about the model.
+  // Load the model; return what the page says about it.
   open(data) {
     loaded = unpack(data);
     const { model, facts, dtype, opening } = loaded;

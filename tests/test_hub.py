@@ -205,8 +205,9 @@ def test_name_that_does_not_exist(mini, refused, monkeypatch):
 def test_a_name_that_was_nearly_typed(mini, refused, monkeypatch):
     """A short line at once: neither the hub is asked nor explained."""
     monkeypatch.setattr('lib.checkpoint.fetch_pretrained', None)
-    for script in ('train.py', 'sample.py', 'evaluate.py', 'analyze.py', 'export_hf.py'):
-        to = ['--to=new'] * (script == 'export_hf.py')
+    places = {'export_hf.py': ['--to=new'], 'export_web.py': ['--to=new.html']}
+    for script in ('train.py', 'sample.py', 'evaluate.py', 'analyze.py', *places):
+        to = places.get(script, [])
         nearly = dict(resum='resume', distillgpt2='distilgpt2') | {'gpt2-larg': 'gpt2-large'}
         for typed, meant in nearly.items():
             words = [typed, f'did you mean {meant}?', f'type --init_from={meant}']
