@@ -23,7 +23,6 @@ to <out_dir>/analysis if out_dir is typed and holds no checkpoint.
 """
 import base64
 import csv
-import json
 import math
 import os
 import re
@@ -44,6 +43,7 @@ from lib import inside, plots
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, read_prompt, say, write
 from lib.data import open_first, with_split
+from lib.pages import as_json, fill
 from lib.runtime import find_device, set_up
 from lib.starting import Symbols, check_symbols, open_model
 
@@ -70,7 +70,6 @@ FEWEST_WINDOWS = 8        # windows that --windows=auto takes at least, for a us
 # Findings call a head by the role for which its score is the highest.
 ROLES = dict(previous='Previous-token heads', same='Duplicate-token heads',
              induction='Induction heads', sink='Attention-sink heads')
-HERE = os.path.dirname(os.path.abspath(__file__))
 notes = []   # what the page repeats of the notes on stderr
 
 
@@ -265,6 +264,21 @@ class Failures:
     worst: list            # positions of the tokens with the highest losses, the highest first
 
 
+def guesses_of_layers():
+    """Return for each token what each layer would guess to come next, three tokens each.
+
+    The guesses are [token][layer][{text, share}], from before the first layer to after the last."""
+    tokens, shares = inside.layer_guesses(model, text.idx.to(device), min(3, model.drawable))
+    guesses = []
+    for token in range(text.idx.size(1)):
+        layers = []
+        for ids, values in zip(tokens[:, token].tolist(), shares[:, token].tolist()):
+            layers.append([dict(text=text_of(i), share=round(value, 4))
+                           for i, value in zip(ids, values)])
+        guesses.append(layers)
+    return guesses
+
+
 def find_failures(logits):
     """Return the losses of the text's tokens, and what the model expected instead.
 
@@ -450,6 +464,7 @@ class Analysis:
     twice: torch.Tensor      # the tokens for the roles, (1, 2 * length)
     scans: list              # what each head attends to: scan_heads'
     failures: Failures       # on the text
+    guesses: list            # of each layer, for each token of the text: guesses_of_layers'
     batch: Batch             # what all below is measured on
     worth: list              # what each head is worth: ablate_heads'
     by_position: list        # mean loss at each position, nats
@@ -468,8 +483,8 @@ def measure():
     by_position = losses_by_position(batch, failures.losses)
     gradients = gradients_by_layer(batch)
     check_finite(failures.losses, worth, gradients)
-    return Analysis(attention, twice, scans, failures, batch, worth, by_position, gradients,
-                    look_at_embeddings())
+    return Analysis(attention, twice, scans, failures, guesses_of_layers(), batch, worth,
+                    by_position, gradients, look_at_embeddings())
 
 
 def check_finite(losses, worth, gradients):
@@ -635,6 +650,7 @@ def page_data(found):
               f'{config.n_head} heads, {config.n_embd} wide; {len(text.words)} tokens of text',
         findings=findings, notes=notes, tokens=text.words,
         losses=[None, *found.failures.losses.tolist()], top=[[], *found.failures.expected],
+        guesses=found.guesses,
         layers=config.n_layer, heads=config.n_head, layer=layer, head=head,
         size=maps.size, pool=maps.pool, attention=base64.b64encode(maps.packed).decode())
     page |= head_tables(found)
@@ -716,12 +732,9 @@ def write_csv(path, rows):
 
 def write_page(content, part):
     """Write report.html into the folder `part`: lib/report.html with its data filled in."""
-    with open(os.path.join(HERE, 'lib', 'report.html'), encoding='utf-8') as f:
-        page = f.read()
-    # escaped, so that no text can end the page's script element
-    content = json.dumps(content, allow_nan=False).replace('<', '\\u003c')
+    page = fill('report.html', data=as_json(content))
     with open(os.path.join(part, 'report.html'), 'w', encoding='utf-8') as f:
-        f.write(page.replace('DATA', content, 1))
+        f.write(page)
 
 
 def write_pages(found):

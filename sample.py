@@ -9,6 +9,7 @@ Write text with a trained model.
 Reads best.pt (or last.pt, or nanoGPT's ckpt.pt) in out_dir; writes text to stdout as it comes.
 """
 import codecs
+import shlex
 import signal
 
 import lib.early  # noqa: F401  # before NumPy and torch
@@ -19,6 +20,7 @@ from lib import decoding, runtime
 from lib.configurator import check, configure
 from lib.console import as_typed, fail, read_prompt, say, write
 from lib.data import with_split
+from lib.run_folder import flag
 from lib.starting import open_model
 from model import GPT, Sampling, chances
 
@@ -78,6 +80,15 @@ def say_limits(prompt_tokens, block_size):
     if beyond > 0:
         say(f'{beyond:,} of {max_new_tokens:,} tokens go beyond block_size={block_size}: '
             f'the window is read anew for each')
+
+
+def the_model():
+    """Return the flag by which another script finds the same model."""
+    if init_from != 'resume':
+        return f' --init_from={shlex.quote(init_from)}'
+    if checkpoint:
+        return f' --checkpoint={shlex.quote(checkpoint)}'
+    return flag(out_dir)
 
 
 class Text:
@@ -185,3 +196,5 @@ chance = chances(seeds, max_new_tokens).to(device)                              
 # a generator: each token is computed when write_samples asks for it
 new_tokens = model.stream(idx, max_new_tokens, sampling, chance, kv_cache, find_step())
 write_samples(new_tokens, prompt, opened.tokenizer)
+say(f'for a page that runs this model in a browser and shows its insides, '
+    f'type python export_web.py{the_model()} --to=page.html')

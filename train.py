@@ -526,6 +526,9 @@ if last:
     say(f'done: {now.step:,} steps in {runtime.clock(now.seconds)} and '
         f'{runtime.peak_memory(device):,.0f} MB; val loss {now.val_loss:.4f} nats per token on the '
         f'whole split; type python sample.py{run_folder.flag(out_dir)}')
+    if now.saved:
+        say(f'or, for a page that runs the model in a browser and shows its insides, '
+            f'python export_web.py{run_folder.flag(out_dir)} --to=page.html')
 if not now.saved:
     advice = 'type --out_dir=FOLDER for another place'
     if os.path.exists(last_path):

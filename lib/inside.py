@@ -246,6 +246,28 @@ def gradient_norms(model, x, y):
     return norms
 
 
+# ---- each layer's guess --------------------------------------------------------------------------
+
+@torch.no_grad()
+def layer_guesses(model, idx, count):
+    """Return what would come after each token if the model ended before or after each block.
+
+    idx: the tokens of one text, (1, T). The final norm and the head are applied to the residual
+    stream before the first block and after every block: the logit lens. Returns the `count` most
+    probable tokens and their probabilities, (n_layer + 1, T, count) each, on the CPU."""
+    layers = [*model.transformer.h, model.transformer.ln_f]   # their inputs are the stream
+    with inputs_recorded(layers) as inputs:
+        model(idx)
+    tokens = []
+    shares = []
+    for stream, *_ in inputs:
+        logits = model.lm_head(model.transformer.ln_f(stream))[0]         # (T, V)
+        top = logits[:, :model.drawable].float().softmax(dim=1).topk(count, dim=1)
+        tokens.append(top.indices.cpu())                                  # (T, count)
+        shares.append(top.values.cpu())                                   # (T, count)
+    return torch.stack(tokens), torch.stack(shares)
+
+
 # ---- embeddings ----------------------------------------------------------------------------------
 
 def principal(vectors, count=2):

@@ -9,6 +9,7 @@ import ctypes
 import io
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,6 +279,20 @@ def head():
 def gpt2_files(monkeypatch):
     """Let tiktoken read GPT-2's files from SHARED."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
+
+
+@pytest.fixture(scope='session')
+def browser():
+    """Return a headless Chromium."""
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip('no chromium on this machine; type apt-get install chromium')
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
+        yield browser
+        browser.close()
 
 
 def rewrite(path, tokenizer=None, **knobs):

@@ -436,20 +436,6 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(refused_analysis, mini):
 
 # ---- the page ----------------------------------------------------------------------------------
 
-@pytest.fixture(scope='session')
-def browser():
-    """Return a headless Chromium."""
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    names = ('chromium', 'chromium-browser', 'google-chrome')
-    found = list(filter(None, map(shutil.which, names)))
-    if not found:
-        pytest.skip('no chromium on this machine; type apt-get install chromium')
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def nasty_page(analyze, run):
     """Return the URL of a page about NASTY, a text that is full of markup."""

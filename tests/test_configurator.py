@@ -312,6 +312,7 @@ NANOGPTS_KNOBS = {
     'sample.py',
     'evaluate.py',
     'export_hf.py',
+    'export_web.py',
     'prepare_shakespeare.py',
     'prepare_enwik8.py',
     'prepare_text.py',

@@ -346,6 +346,7 @@ def test_a_name_that_does_not_exist_is_refused(mini, refused, offline, program):
     ('evaluate.py', []),
     ('analyze.py', []),
     ('export_hf.py', ['--to=new']),
+    ('export_web.py', ['--to=new.html']),
 ])
 def test_a_misspelt_name_is_corrected(mini, refused, monkeypatch, program, flags):
     """The error is one short line, and the hub is not asked."""

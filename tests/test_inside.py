@@ -338,3 +338,24 @@ def test_neighbours_are_sorted_by_cosine():
     assert near.tolist() == [[1, 2, 3]]
     expected = [20 / math.hypot(20, 1), 0, -1]
     assert cosines[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('norm', ['pre', 'post', 'none'])
+def test_layer_guesses(norm):
+    """Before the first block the stream is the embedding; the last guess is the model's own."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, norm=norm)
+    model = GPT(config).eval()
+    model.drawable = 9
+    idx = torch.tensor([[1, 5, 2]])
+    tokens, shares = inside.layer_guesses(model, idx, 3)
+    assert tokens.shape == shares.shape == (3, 3, 3)
+
+    with torch.no_grad():
+        logits, _ = model(idx)
+        embedded = model.transformer.wte(idx) + model.transformer.wpe.weight[:3]
+        first_logits = model.lm_head(model.transformer.ln_f(embedded))
+    for layer, expected in ((0, first_logits), (2, logits)):
+        likeliest = expected[0, :, :9].softmax(dim=1).topk(3, dim=1)
+        assert torch.equal(tokens[layer], likeliest.indices)
+        assert torch.allclose(shares[layer], likeliest.values)

@@ -253,6 +253,7 @@ BUDGET = {   # the flags that keep a script's commands short
     'evaluate.py': ['--device=cpu'],
     'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'],
     'export_hf.py': [],
+    'export_web.py': [],
     'prepare_shakespeare.py': ['--input=book.txt'],
     'prepare_text.py': [],
     'prepare_enwik8.py': ['--data_dir=more', '--input=enwik8_head.gz', '--partial'],
@@ -262,7 +263,7 @@ BUDGET = {   # the flags that keep a script's commands short
     'first_principles.py': ['--max_iters=2', '--max_new_tokens=20'],
 }
 QUIET = ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py',
-         'export_hf.py', 'bench.py')   # scripts that may print no result
+         'export_hf.py', 'export_web.py', 'bench.py')   # scripts that may print no result
 TINY = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=64']
 FOR_A_GPU = ('config/train_enwik8_gpt2.py', 'config/train_gpt2.py')   # configs of a large model
 
