@@ -26,7 +26,7 @@ from lib.tokenizers import load_tokenizer
 # they are read.
 VERIFY_BELOW = 64 << 20
 RELEASE_AFTER = 256 << 20   # bytes read from the files before their pages are given back
-# The command for Tiny Shakespeare under another name. prepare_shakespeare.py has downloaded the file.
+# the command for other datasets of Tiny Shakespeare, from prepare_shakespeare.py's download
 TINY_SHAKESPEARE = 'python prepare_text.py --input=data/shakespeare_char/input.txt'
 PREPARE = {
     'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',

@@ -10,8 +10,10 @@ A tokenizer has
     end                 the token that ends a text, or None
 """
 import functools
+import itertools
 import json
 import os
+import re
 
 import numpy as np
 
@@ -103,8 +105,21 @@ class BPETokenizer:
         """Return the token ids; <|endoftext|> in the text becomes the single token of that name."""
         try:
             return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
-        except UnicodeEncodeError:   # half of a surrogate pair has no bytes
-            return self.encode(text.encode('utf-8', 'replace').decode('utf-8'))
+        except UnicodeEncodeError:   # it holds half of a surrogate pair
+            return self._encode_parts(re.split('([\udc80-\udcff])', text))
+
+    def _encode_parts(self, parts):
+        """Return the token ids of a text whose parts are, in turn, a text and a single byte.
+
+        Python reads a byte that is not UTF-8 as half of a surrogate pair. Other halves have no
+        bytes, and become question marks."""
+        ids = []
+        for text, byte in itertools.zip_longest(parts[::2], parts[1::2], fillvalue=''):
+            ids.extend(self.encode(text.encode('utf-8', 'replace').decode('utf-8')))
+            if byte:
+                raw = byte.encode('utf-8', 'surrogateescape')
+                ids.append(self.encoding.encode_single_token(raw))
+        return np.array(ids, dtype=np.uint32)
 
     def decode(self, ids):
         return self.encoding.decode_bytes(list(ids))
