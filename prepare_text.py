@@ -494,10 +494,14 @@ def new_vocabulary():
         if len(found.sizes) > 1:
             found.symbols.add('\n')   # stands between documents
         return make_tokenizer('char', ''.join(sorted(found.symbols)))
-    with tqdm(desc='training the BPE', total=found.reading.bytes, unit='B', unit_scale=True,
+    return train_bpe(training_pieces(), vocab_size)
+
+
+def training_pieces():
+    """Yield the text for training in pieces, with <|endoftext|> between its documents."""
+    with tqdm(desc='counting words', total=found.reading.bytes, unit='B', unit_scale=True,
               leave=False, disable=None) as bar:
-        text = split_text('train', tokenizers.END_OF_TEXT, bar)
-        return train_bpe(pieces(text), vocab_size)
+        yield from pieces(split_text('train', tokenizers.END_OF_TEXT, bar))
 
 
 def find_separator():

@@ -141,7 +141,7 @@ def how_to_make(name, tokenizer=None, data_dir='data'):
     kind = tokenizer.state()['kind'] if tokenizer else 'char'
     own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
     command = PREPARE.get(name, f'{own_text} --name={name} --tokenizer={kind}')
-    if kind == 'bpe' and '--vocab_size' not in command:
+    if kind == 'bpe' and command.endswith('--tokenizer=bpe'):
         command += f' --vocab_size={tokenizer.vocab_size}'
     if data_dir != 'data':
         command += f' --data_dir={shlex.quote(data_dir)}'

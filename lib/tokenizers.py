@@ -21,8 +21,8 @@ from lib import bpe
 from lib.console import fail
 
 END_OF_TEXT = '<|endoftext|>'
-LEAST = 257          # symbols of a BPE: 256 bytes and <|endoftext|>
-MOST = 1 << 18       # symbols of a BPE; a checkpoint that says more is not believed
+LEAST = 257      # symbols of a BPE: 256 bytes and <|endoftext|>
+MOST = 1 << 18   # symbols of a BPE; a checkpoint with more is refused
 
 
 # ---- characters and bytes ------------------------------------------------------------------------
@@ -384,13 +384,12 @@ def _known_tokenizer(vocab):
     if vocab and vocab == in_order and max(map(len, vocab)) == 1:
         return CharTokenizer(vocab)
     words = {token: i for token, i in vocab.items() if token != END_OF_TEXT}
-    if len(words) == GPT2Tokenizer.end:
+    learned = _learned_bpe(words) if vocab.get(END_OF_TEXT) == len(words) else None
+    if learned is None and len(words) == GPT2Tokenizer.end:
         tokenizer = GPT2Tokenizer()
         if words == _bpe_vocab(tokenizer):
             return tokenizer
-    if vocab.get(END_OF_TEXT) == len(words):
-        return _learned_bpe(words)
-    return None
+    return learned
 
 
 def _learned_bpe(words):
