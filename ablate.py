@@ -115,7 +115,11 @@ STUDIES = {
     'tokenizer': ('char', {
         'char': dict(dataset='shakespeare_char'),
         'byte': dict(dataset='shakespeare_byte'),
-        # GPT-2's tokens are 3.3 characters long: with fewer sequences all variants see as much text
+        # These tokens are 2.0, 2.4, 3.3 and 3.3 characters long. With fewer sequences, all variants
+        # see as much text.
+        'bpe 512': dict(dataset='shakespeare_bpe_512', batch_size=33 if full else 16),
+        'bpe 1024': dict(dataset='shakespeare_bpe', batch_size=26 if full else 13),
+        'bpe 4096': dict(dataset='shakespeare_bpe_4096', batch_size=19 if full else 10),
         'gpt2': dict(dataset='shakespeare', batch_size=19 if full else 10)}),
     'dropout': ('0.0', {
         '0.0': dict(dropout=0.0),

@@ -35,7 +35,7 @@ _, given = configure(globals())
 
 def write_into(folder):
     """Write the model and its tokenizer into a folder."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, opened.tokenizer.end)
     files = hf_tokenizer_files(opened.tokenizer, model.config.block_size)
     for name, content in files.items():
         with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:

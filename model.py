@@ -531,11 +531,12 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, end=None):
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
-        Absent biases become zeros, which computes the same. Raises ValueError for a model that
-        GPT-2 cannot express, OSError where the folder cannot be written."""
+        end: the id of <|endoftext|>; None: GPT-2's, if the vocabulary has it. Absent biases become
+        zeros, which computes the same. Raises ValueError for a model that GPT-2 cannot express,
+        OSError where the folder cannot be written."""
         # here: the rest of this file needs torch alone
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -565,8 +566,10 @@ class GPT(nn.Module):
             save_file(transposed(weights), path, metadata=dict(format='pt'))
         except SafetensorError as error:   # a full disk
             raise OSError(str(error)) from error
-        for name, content in (('generation_config', hf_generation_config(self)),
-                              ('config', hf_config(c))):
+        if end is None:
+            end = end_of_text(c)
+        for name, content in (('generation_config', hf_generation_config(self, end)),
+                              ('config', hf_config(c, end))):
             with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=1)
         # safetensors lets only the owner read its file; config.json has the user's usual rights
@@ -809,9 +812,10 @@ def read_hf_weights(name, folder):
     return weights
 
 
-def hf_config(config):
-    """Return the content of config.json for a GPTConfig that GPT-2 can express."""
-    end = end_of_text(config)
+def hf_config(config, end):
+    """Return the content of config.json for a GPTConfig that GPT-2 can express.
+
+    end: the id of <|endoftext|>, or None."""
     # reversed: of two names for one function, the first stays
     names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
     hf = {theirs: getattr(config, ours) for theirs, (ours, _) in HF_FIELDS.items()}
@@ -821,9 +825,8 @@ def hf_config(config):
         embd_pdrop=config.dropout, attn_pdrop=config.dropout)
 
 
-def hf_generation_config(model):
+def hf_generation_config(model, end):
     """Return the content of generation_config.json: generate must not draw padding tokens."""
-    end = end_of_text(model.config)
     content = dict(bos_token_id=end, eos_token_id=end)
     padding = list(range(model.drawable, model.config.vocab_size))
     if padding:
@@ -832,7 +835,7 @@ def hf_generation_config(model):
 
 
 def end_of_text(config):
-    """Return the id of <|endoftext|>, None for a vocabulary that is smaller than GPT-2's."""
+    """Return the id of GPT-2's <|endoftext|>, None for a vocabulary smaller than GPT-2's."""
     return 50256 if config.vocab_size > 50256 else None
 
 

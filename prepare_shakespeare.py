@@ -3,11 +3,13 @@ Tiny Shakespeare (char-rnn's file) to token files: 90 % training, 10 % validatio
 
     python prepare_shakespeare.py                     # characters -> data/shakespeare_char/
     python prepare_shakespeare.py --tokenizer=gpt2    # GPT-2's BPE -> data/shakespeare/
+    python prepare_shakespeare.py --tokenizer=bpe --vocab_size=1024   # -> data/shakespeare_bpe/
     python prepare_shakespeare.py --input=FILE        # a local copy instead of the download
 
 Reads the network or FILE. Writes train.bin, val.bin and meta.json, and the download as input.txt.
 As characters, there are 65 symbols, 1,003,854 tokens for training and 111,540 for validation; as
-GPT-2's BPE, 301,966 and 36,059 tokens.
+GPT-2's BPE, 301,966 and 36,059 tokens; as a BPE of 1,024 symbols that is trained on the training
+split, 411,268 and 49,422 tokens.
 """
 import contextlib
 import hashlib
@@ -19,20 +21,22 @@ from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, tell
 from lib.data import find_dataset
 from lib.prepare import download, encode_all, pieces, stand_in_text, write_prepared
-from lib.tokenizers import make_tokenizer
+from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
 
-tokenizer = 'char'   # 'char', 'byte' or 'gpt2'
+tokenizer = 'char'   # 'char', 'byte', 'gpt2', or 'bpe': trained on the training split
+vocab_size = 1024    # symbols of 'bpe': 256 bytes, pairs that are merged, and <|endoftext|>
 input = ''           # a local copy of the text, instead of the download
 data_dir = 'data'    # the dataset becomes a folder in here
 url = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/'
        'input.txt')  # address of the download
 stand_in = False     # if the download fails, use text that every Python ships, and mark it as such
-configure(globals(), first='input', configs=False)
+_, given = configure(globals(), first='input', configs=False)
 
 LONGEST = 1 << 28   # bytes of a text
 SIZE = 1_115_394    # bytes of Tiny Shakespeare
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-NAMES = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare'}
+NAMES = {'char': 'shakespeare_char', 'byte': 'shakespeare_byte', 'gpt2': 'shakespeare',
+         'bpe': 'shakespeare_bpe'}
 
 
 def read_bytes():
@@ -75,6 +79,7 @@ def split_text(text):
 
 
 check(dict(tokenizer=tokenizer), tokenizer=tuple(NAMES))
+check_vocab_size(vocab_size, tokenizer, 'vocab_size' in given)
 folder, ready = find_dataset(NAMES[tokenizer], data_dir)
 exit_on_signals()   # a signal removes what is half-written, but a download can be resumed
 source = dict(name='Tiny Shakespeare', url=url, stand_in=False)
@@ -100,8 +105,12 @@ try:
 except UnicodeDecodeError as error:
     fail(f'{path} is not UTF-8 (byte {error.start}); '
          f'convert it first: iconv -f latin1 -t utf-8')
-vocabulary = make_tokenizer(tokenizer, text)
+parts = split_text(text)
+if tokenizer == 'bpe':
+    vocabulary = train_bpe(pieces([parts['train']]), vocab_size)
+else:
+    vocabulary = make_tokenizer(tokenizer, text)
 splits = {}
-for split, part in split_text(text).items():
+for split, part in parts.items():
     splits[split] = encode_all(vocabulary, pieces([part]))
 write_prepared(folder, splits, vocabulary, source)

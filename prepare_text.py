@@ -6,6 +6,7 @@ Your own text to token files.
     python prepare_text.py --input="*.jsonl.gz" --name=web --tokenizer=gpt2 --field=text --skip_bad
     python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
     pdftotext book.pdf - | python prepare_text.py --input=- --name=book     # standard input
+    python prepare_text.py book.txt --name=mine --tokenizer=bpe --vocab_size=1024
     python prepare_text.py --input=more.txt --name=more --tokenizer=FROM:out/best.pt
 
 The last command takes the vocabulary of a model that exists, and train.py --init_from=resume can
@@ -19,8 +20,8 @@ The splits are made of whole documents, spread evenly. Where the documents are t
 unequal for the share, the largest is cut and its last part is for validation. In the token files
 <|endoftext|> stands between two documents, a line break where the tokenizer has no such token.
 
-Reads the input three times, a little at a time (a .json whole); writes train.bin and val.bin (or
-shards) and meta.json.
+Reads the input three times, or four times to train a BPE on the training split; a little at a time
+(a .json whole). Writes train.bin and val.bin (or shards) and meta.json.
 """
 import codecs
 import glob
@@ -47,18 +48,19 @@ from lib.configurator import configure, exit_on_signals
 from lib.console import fail, tell
 from lib.data import find_dataset
 from lib.prepare import encode_all, pieces, write_prepared
-from lib.tokenizers import make_tokenizer
+from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
 name = ''            # name of the dataset, a folder in data_dir
-tokenizer = 'char'   # 'char', 'byte', 'gpt2', or FROM:FILE for the vocabulary of a checkpoint
+tokenizer = 'char'   # 'char', 'byte', 'bpe', 'gpt2', or FROM:FILE for a checkpoint's vocabulary
+vocab_size = 1024    # symbols of 'bpe': 256 bytes, pairs that are merged, and <|endoftext|>
 field = 'text'       # name of the field that holds the text in a .jsonl's or .json's records
 skip_bad = False     # skip lines and items of JSON that hold no text, and count them
 drop_unknown = False  # drop characters that FROM:FILE's vocabulary lacks, and count them
 val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
-configure(globals(), first='input', configs=False)
+_, given = configure(globals(), first='input', configs=False)
 
 PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
 ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
@@ -110,6 +112,7 @@ def check_knobs():
     if shard_tokens < 1000:
         fail(f'shard_tokens={shard_tokens}: it must be 1000 or more; '
              f'type --shard_tokens=100000000')
+    check_vocab_size(vocab_size, tokenizer, 'vocab_size' in given)
     return folder
 
 
@@ -458,13 +461,13 @@ def open_file(path):
 # ---- the vocabulary ------------------------------------------------------------------------------
 
 def given_vocabulary():
-    """Return the tokenizer that does not depend on the text, None for --tokenizer=char."""
+    """Return the tokenizer that does not depend on the text, None for 'char' and 'bpe'."""
     if tokenizer.startswith(FROM):
         return checkpoint_vocabulary(os.path.expanduser(tokenizer.removeprefix(FROM)))
-    if tokenizer not in ('char', 'byte', 'gpt2'):
-        fail(f'tokenizer={tokenizer}: allowed are char, byte, gpt2 and {FROM}FILE for the '
+    if tokenizer not in ('char', 'byte', 'bpe', 'gpt2'):
+        fail(f'tokenizer={tokenizer}: allowed are char, byte, bpe, gpt2 and {FROM}FILE for the '
              f'vocabulary of a checkpoint; type --tokenizer=char')
-    return None if tokenizer == 'char' else make_tokenizer(tokenizer)
+    return None if tokenizer in ('char', 'bpe') else make_tokenizer(tokenizer)
 
 
 def checkpoint_vocabulary(path):
@@ -483,6 +486,22 @@ def checkpoint_vocabulary(path):
         return tokenizers.load_tokenizer(loaded['tokenizer'])
     except ValueError as error:
         fail(f'{path}: {error}; {another}')
+
+
+def new_vocabulary():
+    """Return the tokenizer that is made from the text: its characters, or a BPE."""
+    if tokenizer == 'char':
+        if len(found.sizes) > 1:
+            found.symbols.add('\n')   # stands between documents
+        return make_tokenizer('char', ''.join(sorted(found.symbols)))
+    return train_bpe(training_pieces(), vocab_size)
+
+
+def training_pieces():
+    """Yield the text for training in pieces, with <|endoftext|> between its documents."""
+    with tqdm(desc='counting words', total=found.reading.bytes, unit='B', unit_scale=True,
+              leave=False, disable=None) as bar:
+        yield from pieces(split_text('train', tokenizers.END_OF_TEXT, bar))
 
 
 def find_separator():
@@ -554,7 +573,7 @@ def choose():
     return chosen
 
 
-def split_text(split, bar):
+def split_text(split, separator, bar):
     """Yield the text of one split, with a separator between its documents."""
     last = None   # number of the document that the split's text so far ends with
     at = 0        # characters of the cut document so far
@@ -592,7 +611,7 @@ def write_splits():
         more += f', {sum(chosen.validation):,} of them for validation'
     with tqdm(desc='tokenizing', total=2 * total_bytes, unit='B', unit_scale=True, leave=False,
               disable=None) as bar:
-        splits = {split: encode_all(vocabulary, pieces(split_text(split, bar)))
+        splits = {split: encode_all(vocabulary, pieces(split_text(split, separator, bar)))
                   for split in ('train', 'val')}
         return write_prepared(folder, splits, vocabulary, source, shard_tokens, more)
 
@@ -635,11 +654,9 @@ paths = find_files(folder)
 if input == '-':
     spooled = spool()
 found = survey()
-if vocabulary is None:
-    if len(found.sizes) > 1:
-        found.symbols.add('\n')   # stands between documents
-    vocabulary = make_tokenizer('char', ''.join(sorted(found.symbols)))
-separator = find_separator()
 chosen = choose()
+if vocabulary is None:
+    vocabulary = new_vocabulary()
+separator = find_separator()
 meta = write_splits()
 print_commands()

@@ -26,13 +26,21 @@ from lib.tokenizers import load_tokenizer
 # they are read.
 VERIFY_BELOW = 64 << 20
 RELEASE_AFTER = 256 << 20   # bytes read from the files before their pages are given back
+# the command for other datasets of Tiny Shakespeare, from prepare_shakespeare.py's download
+TINY_SHAKESPEARE = 'python prepare_text.py --input=data/shakespeare_char/input.txt'
 HOW_TO_MAKE = {
     'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
     'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
     'shakespeare': 'python prepare_shakespeare.py --tokenizer=gpt2',
+    'shakespeare_bpe': 'python prepare_shakespeare.py --tokenizer=bpe',
+    'shakespeare_bpe_512': f'{TINY_SHAKESPEARE} --name=shakespeare_bpe_512 --tokenizer=bpe '
+                           f'--vocab_size=512',
+    'shakespeare_bpe_4096': f'{TINY_SHAKESPEARE} --name=shakespeare_bpe_4096 --tokenizer=bpe '
+                            f'--vocab_size=4096',
     'openwebtext': 'python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2',
     'enwik8': 'python prepare_enwik8.py --tokenizer=byte',
-    'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2'}
+    'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2',
+    'enwik8_bpe': 'python prepare_enwik8.py --tokenizer=bpe'}
 
 
 # ---- finding a dataset ---------------------------------------------------------------------------
@@ -48,10 +56,10 @@ def open_dataset(name, data_dir='data', needs=('train', 'val')):
 def open_first(name, data_dirs, split, tokenizer):
     """Return the Dataset of that name from the first of data_dirs that has the split.
 
-    Fail where none has it. tokenizer: the model's, whose kind a dataset made anew should have."""
+    Fail where none has it. tokenizer: the model's, which a dataset made anew should have too."""
     data_dir = first_with(name, data_dirs, split)
     if data_dir is None:
-        make = how_to_make(name, tokenizer.state()['kind'], data_dirs[0])
+        make = how_to_make(name, tokenizer, data_dirs[0])
         fail(f'{not_found(name, data_dirs, split)}; type --data_dir=FOLDER for the folder that '
              f'holds {name}, or make it first: {make}')
     return Dataset(name, data_dir)
@@ -126,12 +134,15 @@ def not_found(name, data_dirs, split):
     return f'no {split}.bin of {name} in {" or ".join(folders)}'
 
 
-def how_to_make(name, tokenizer='char', data_dir='data'):
+def how_to_make(name, tokenizer=None, data_dir='data'):
     """Return the command that makes the dataset of that name in data_dir.
 
-    tokenizer: the kind to advise for a dataset of the user's own text."""
+    tokenizer: the one that the dataset should have, None where that is not known."""
+    kind = tokenizer.state()['kind'] if tokenizer else 'char'
     own_text = 'python prepare_text.py --input=FILE_OR_FOLDER'
-    command = HOW_TO_MAKE.get(name, f'{own_text} --name={name} --tokenizer={tokenizer}')
+    command = HOW_TO_MAKE.get(name, f'{own_text} --name={name} --tokenizer={kind}')
+    if kind == 'bpe' and command.endswith('--tokenizer=bpe'):
+        command += f' --vocab_size={tokenizer.vocab_size}'
     if data_dir != 'data':
         command += f' --data_dir={shlex.quote(data_dir)}'
     return command
@@ -159,8 +170,7 @@ class Dataset:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); '
                  f'{self.again}')
         self.vocab_size = self.tokenizer.vocab_size
-        kind = self.tokenizer.state()['kind']
-        self.again = f'type {how_to_make(name, kind, data_dir)} to make it again'
+        self.again = f'type {how_to_make(name, self.tokenizer, data_dir)} to make it again'
         self.opened = {}   # {split: its shards}
         self.maps = []     # the memory maps of all shards
 

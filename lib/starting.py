@@ -328,6 +328,8 @@ def check_symbols(data, path, symbols):
     kind = kind_of(symbols.tokenizer)
     if kind == data.tokenizer.state()['kind'] == 'char':
         difference = different_characters(symbols.tokenizer['chars'], data.tokenizer.chars)
+    elif kind == data.tokenizer.state()['kind'] == 'bpe':
+        difference += ', learned from different texts or with another --vocab_size'
     fail(f'{path} was trained with another tokenizer than that of {data.folder}: {difference}; '
          f'{advice_for_symbols(path, kind)}')
 

@@ -10,17 +10,22 @@ A tokenizer has
     end                 the token that ends a text, or None
 """
 import functools
+import itertools
 import json
 import os
+import re
 
 import numpy as np
 
+from lib import bpe
 from lib.console import fail
 
 END_OF_TEXT = '<|endoftext|>'
+LEAST = 257      # symbols of a BPE: 256 bytes and <|endoftext|>
+MOST = 1 << 18   # symbols of a BPE; a checkpoint with more is refused
 
 
-# ---- characters, bytes and GPT-2's BPE -----------------------------------------------------------
+# ---- characters and bytes ------------------------------------------------------------------------
 
 class CharTokenizer:
     """One token per character, numbered in the order of their code points."""
@@ -76,30 +81,91 @@ class ByteTokenizer:
         return dict(kind='byte')
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, computed by tiktoken."""
+# ---- byte-pair encoding --------------------------------------------------------------------------
+
+class BPETokenizer:
+    """Byte-pair encoding with the merges that lib/bpe.py learned, computed by tiktoken.
+
+    Tokens 0 to 255 are the bytes, the next ones are those that the merges make, in order, and the
+    last one is <|endoftext|>. A merge is written as in GPT-2's files: two tokens in letters (see
+    _byte_letters) with a blank between them."""
+    opening = '\n'   # A model of a single text has never seen <|endoftext|>.
+
+    def __init__(self, merges):
+        """Raises ValueError for merges that ranks_of refuses."""
+        import tiktoken  # imported here: characters and bytes need torch and NumPy alone
+        ranks = ranks_of(merges)
+        self.merges = list(merges)
+        self.end = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self.encoding = tiktoken.Encoding('bpe', pat_str=bpe.PATTERN, mergeable_ranks=ranks,
+                                          special_tokens={END_OF_TEXT: self.end})
+
+    def encode(self, text):
+        """Return the token ids; <|endoftext|> in the text becomes the single token of that name."""
+        try:
+            return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+        except UnicodeEncodeError:   # it holds half of a surrogate pair
+            return self._encode_parts(re.split('([\udc80-\udcff])', text))
+
+    def _encode_parts(self, parts):
+        """Return the token ids of a text whose parts are, in turn, a text and a single byte.
+
+        Python reads a byte that is not UTF-8 as half of a surrogate pair. Other halves have no
+        bytes, and become question marks."""
+        ids = []
+        for text, byte in itertools.zip_longest(parts[::2], parts[1::2], fillvalue=''):
+            ids.extend(self.encode(text.encode('utf-8', 'replace').decode('utf-8')))
+            if byte:
+                raw = byte.encode('utf-8', 'surrogateescape')
+                ids.append(self.encoding.encode_single_token(raw))
+        return np.array(ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        return self.encoding.decode_bytes(list(ids))
+
+    def state(self):
+        return dict(kind='bpe', merges=self.merges)
+
+
+def ranks_of(merges):
+    """Return {token as bytes: its number} of the 256 bytes and of the tokens that merges make.
+
+    Raises ValueError for merges that are not a list of texts, that are too many, that join a token
+    which no earlier merge makes, or that make a token a second time or a token that is too long."""
+    is_list = isinstance(merges, list) and all(isinstance(merge, str) for merge in merges)
+    if not is_list or len(merges) > MOST - LEAST:
+        raise ValueError(f"its tokenizer's merges are not a list of at most {MOST - LEAST:,} texts")
+    byte_of = _byte_vocab()
+    made = set(byte_of)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for number, merge in enumerate(merges):
+        parts = merge.split(' ')
+        token = ''.join(parts)
+        is_new = len(token) <= bpe.LONGEST and token not in made
+        if len(parts) != 2 or not made.issuperset(parts) or not is_new:
+            raise ValueError(f"its tokenizer's merge {number:,} is {merge[:40]!r}; allowed are two "
+                             f'tokens that are there before it and make a new one of at most '
+                             f'{bpe.LONGEST} bytes')
+        made.add(token)
+        ranks[bytes(byte_of[letter] for letter in token)] = len(ranks)
+    return ranks
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's byte-pair encoding, with the merges that OpenAI learned from web pages."""
     vocab_size = 50257
     opening = END_OF_TEXT
     end = 50256
 
     def __init__(self):
-        import tiktoken  # imported here: characters and bytes need torch and NumPy alone
+        import tiktoken
         try:
-            self.bpe = tiktoken.get_encoding('gpt2')
+            self.encoding = tiktoken.get_encoding('gpt2')
         except Exception as error:   # tiktoken's download can raise anything
             fail(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); "
                  f'it needs the network once, or a folder with its two files; '
                  f'type TIKTOKEN_CACHE_DIR=FOLDER before the command')
-
-    def encode(self, text):
-        """Return the token ids; <|endoftext|> in the text becomes the single token of that name."""
-        try:
-            return self.bpe.encode_to_numpy(text, allowed_special={END_OF_TEXT})
-        except UnicodeEncodeError:   # half of a surrogate pair has no bytes
-            return self.encode(text.encode('utf-8', 'replace').decode('utf-8'))
-
-    def decode(self, ids):
-        return self.bpe.decode_bytes(list(ids))
 
     def state(self):
         return dict(kind='gpt2')
@@ -107,24 +173,64 @@ class GPT2Tokenizer:
 
 # ---- making a tokenizer --------------------------------------------------------------------------
 
-def make_tokenizer(kind, text=''):
-    """Return a new tokenizer. kind: 'char', 'byte' or 'gpt2'. text: the source of 'char'."""
+def make_tokenizer(kind, text='', vocab_size=1024):
+    """Return a new tokenizer. kind: 'char', 'byte', 'bpe' or 'gpt2'.
+
+    text: the source of 'char' and 'bpe'. vocab_size: the symbols of 'bpe'."""
     if kind == 'char':
         return CharTokenizer(text)
     if kind == 'byte':
         return ByteTokenizer()
+    if kind == 'bpe':
+        return train_bpe([text], vocab_size)
     if kind == 'gpt2':
         return GPT2Tokenizer()
-    fail(f'tokenizer={kind}: allowed are char, byte, gpt2; type --tokenizer=char')
+    fail(f'tokenizer={kind}: allowed are char, byte, bpe, gpt2; type --tokenizer=char')
+
+
+def train_bpe(texts, vocab_size):
+    """Return a BPETokenizer of vocab_size symbols, learned from a text.
+
+    texts: the text in parts that end where a word ends. Fail where the text does not give as many
+    symbols."""
+    check_vocab_size(vocab_size)
+    documents = (document for text in texts for document in text.split(END_OF_TEXT))
+    pairs = bpe.learn(documents, vocab_size - LEAST)
+    if len(pairs) < vocab_size - LEAST:
+        most = LEAST + len(pairs)
+        noun = 'pair' if len(pairs) == 1 else 'pairs'
+        fail(f'vocab_size={vocab_size}: the training text gives at most {most:,} symbols '
+             f'(256 bytes, {len(pairs):,} {noun} to merge, and <|endoftext|>); '
+             f'type --vocab_size={most}, or use more text')
+    letters = _byte_letters()
+    merges = []
+    for pair in pairs:
+        merges.append(' '.join(''.join(letters[byte] for byte in token) for token in pair))
+    return BPETokenizer(merges)
+
+
+def check_vocab_size(vocab_size, kind='bpe', typed=True):
+    """Fail for a number of symbols that no BPE can have, or that is typed for another kind."""
+    if kind != 'bpe':
+        if typed:
+            fail(f'vocab_size={vocab_size}: only a tokenizer that is trained has it, and '
+                 f'tokenizer={kind} is not; type --tokenizer=bpe, or leave --vocab_size out')
+        return
+    if not LEAST <= vocab_size <= MOST:
+        fail(f'vocab_size={vocab_size}: allowed are {LEAST} (the 256 bytes and <|endoftext|>) to '
+             f'{MOST}; type --vocab_size=1024')
 
 
 def load_tokenizer(state):
     """Return the tokenizer that state() described. Raises ValueError for anything else."""
-    if not isinstance(state, dict) or state.get('kind') not in ('char', 'byte', 'gpt2'):
+    kind = state.get('kind') if isinstance(state, dict) else None
+    if kind not in ('char', 'byte', 'bpe', 'gpt2'):
         raise ValueError('it does not name a known tokenizer')
-    if state['kind'] == 'char' and not (isinstance(state.get('chars'), str) and state['chars']):
+    if kind == 'bpe':
+        return BPETokenizer(state.get('merges'))
+    if kind == 'char' and not (isinstance(state.get('chars'), str) and state['chars']):
         raise ValueError("its character tokenizer has no 'chars'")
-    return make_tokenizer(state['kind'], state.get('chars', ''))
+    return make_tokenizer(kind, state.get('chars', ''))
 
 
 @functools.cache
@@ -155,7 +261,7 @@ def hf_tokenizer_files(tokenizer, block_size):
     elif kind == 'byte':
         parts.update(_bpe_parts(_byte_vocab(), merges=[], use_regex=False))
     else:
-        vocab = _gpt2_vocab(tokenizer)
+        vocab = _bpe_vocab(tokenizer)
         parts.update(_bpe_parts(vocab, _merges(vocab), use_regex=True))
         end = END_OF_TEXT
         parts['added_tokens'] = [dict(id=tokenizer.end, content=end, single_word=False,
@@ -211,12 +317,12 @@ def _byte_vocab():
     return {letter: byte for byte, letter in enumerate(_byte_letters())}
 
 
-def _gpt2_vocab(tokenizer):
-    """Return {token, written in letters: id} of GPT-2's tokens except <|endoftext|>."""
+def _bpe_vocab(tokenizer):
+    """Return {token, written in letters: id} of a BPE's tokens except <|endoftext|>."""
     letters = _byte_letters()
     vocab = {}
     for i in range(tokenizer.end):
-        token = tokenizer.bpe.decode_single_token_bytes(i)
+        token = tokenizer.encoding.decode_single_token_bytes(i)
         vocab[''.join(letters[byte] for byte in token)] = i
     return vocab
 
@@ -249,7 +355,7 @@ def gpt2_merges(tokenizer):
 def read_hf_tokenizer(folder):
     """Return the tokenizer of a folder's tokenizer.json or vocab.json, None where both are missing.
 
-    Raises ValueError for a vocabulary that is not GPT-2's and not one of characters or bytes."""
+    Raises ValueError for a vocabulary that no tokenizer of this file has."""
     for name in ('tokenizer.json', 'vocab.json'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -261,18 +367,22 @@ def read_hf_tokenizer(folder):
                 raise ValueError(f'{path} cannot be used ({reason})') from error
             if tokenizer is None:
                 raise ValueError(f"{path} is neither GPT-2's vocabulary nor one of characters or "
-                                 f"bytes")
+                                 f"bytes, nor a BPE of this project")
             return tokenizer
     return None
 
 
 def _read_vocab(path):
-    """Return {token: id} of a tokenizer.json or a vocab.json."""
+    """Return {token: id} of a tokenizer.json, <|endoftext|> included, or of a vocab.json."""
     with open(path, encoding='utf-8') as f:
         content = json.load(f)
-    if os.path.basename(path) == 'tokenizer.json':
-        content = content['model']['vocab']
-    return dict(content)
+    if os.path.basename(path) != 'tokenizer.json':
+        return dict(content)
+    vocab = dict(content['model']['vocab'])
+    for token in content.get('added_tokens', []):
+        if token['content'] == END_OF_TEXT:
+            vocab[END_OF_TEXT] = token['id']
+    return vocab
 
 
 def _known_tokenizer(vocab):
@@ -283,8 +393,26 @@ def _known_tokenizer(vocab):
     if vocab and vocab == in_order and max(map(len, vocab)) == 1:
         return CharTokenizer(vocab)
     words = {token: i for token, i in vocab.items() if token != END_OF_TEXT}
-    if len(words) == GPT2Tokenizer.end:
+    learned = _learned_bpe(words) if vocab.get(END_OF_TEXT) == len(words) else None
+    if learned is None and len(words) == GPT2Tokenizer.end:
         tokenizer = GPT2Tokenizer()
-        if words == _gpt2_vocab(tokenizer):
+        if words == _bpe_vocab(tokenizer):
             return tokenizer
-    return None
+    return learned
+
+
+def _learned_bpe(words):
+    """Return the BPETokenizer that numbers its tokens as words does, <|endoftext|> apart, or None.
+
+    Only a BPE of this project numbers the bytes in their order."""
+    in_order = sorted(words, key=words.get)
+    numbers = [words[token] for token in in_order]
+    longest = max(map(len, in_order), default=0)
+    if numbers != list(range(len(words))) or longest > bpe.LONGEST:
+        return None
+    if in_order[:256] != _byte_letters():
+        return None
+    merges = [' '.join(pair) for pair in _merges({token: words[token] for token in in_order})]
+    if [merge.replace(' ', '') for merge in merges] != in_order[256:]:
+        return None
+    return BPETokenizer(merges)

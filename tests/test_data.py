@@ -409,6 +409,7 @@ def test_text_shorter_than_block_size_is_refused(folder, capsys, n, words):
     ('char', 'shakespeare_char', 65, 1_003_854, 111_540),
     ('byte', 'shakespeare_byte', 256, 1_003_854, 111_540),
     ('gpt2', 'shakespeare', 50_257, 301_966, 36_059),
+    ('bpe', 'shakespeare_bpe', 1024, 411_268, 49_422),
 ])
 def test_tiny_shakespeare(folder, script, shakespeare, gpt2_files, kind, name, vocab, train, val):
     result = script('prepare_shakespeare.py', f'--input={shakespeare}', f'--tokenizer={kind}')
@@ -508,7 +509,7 @@ def test_stand_in_is_marked(folder, script, no_waiting):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--tokenizer=bpe'], ['bpe', 'char, byte, gpt2']),
+    (['--tokenizer=klingon'], ['klingon', 'char, byte, gpt2, bpe']),
     (['--tokenizr=char'], ['--tokenizer']),
     (['--input=nope.txt'], ['nope.txt', '--input']),
     (['--input=.'], ['--input']),

@@ -395,9 +395,11 @@ def write_tokenizer(tokenizer):
         Path(name).write_text(content, encoding='utf-8')
 
 
-@pytest.mark.parametrize('kind, end', [('gpt2', '<|endoftext|>'), ('byte', None), ('char', None)])
+@pytest.mark.parametrize('kind, end', [('gpt2', '<|endoftext|>'), ('bpe', '<|endoftext|>'),
+                                       ('byte', None), ('char', None)])
 def test_a_tokenizer_is_the_same_in_transformers(folder, gpt2_files, kind, end):
-    ours = tokenizers.make_tokenizer(kind, ''.join(TEXTS) + '<|endoftext|> ab')
+    source = ''.join(TEXTS) + '<|endoftext|> ab'
+    ours = tokenizers.make_tokenizer(kind, source, vocab_size=330)
     write_tokenizer(ours)
     theirs = transformers.AutoTokenizer.from_pretrained('.')
     for text in [*TEXTS, 'a<|endoftext|> b', '  ' * 50, ''.join(TEXTS) * 3]:
@@ -420,6 +422,27 @@ def test_a_vocabulary_as_large_as_gpt2s_is_not_taken_for_it(folder, gpt2_files):
     swapped = {**vocab, 'Ġthe': vocab['Ġof'], 'Ġof': vocab['Ġthe']}
     Path('vocab.json').write_text(json.dumps(swapped))
     with pytest.raises(ValueError, match='neither'):
+        tokenizers.read_hf_tokenizer('.')
+
+
+def test_a_bpe_without_merges_is_not_taken_for_bytes(folder):
+    write_tokenizer(tokenizers.BPETokenizer([]))
+    assert tokenizers.read_hf_tokenizer('.').state() == dict(kind='bpe', merges=[])
+
+
+@pytest.mark.parametrize('change', [
+    lambda vocab: vocab.update(qqz=vocab.pop('he')),   # two tokens before it do not make it
+    lambda vocab: vocab.update(he=300),
+    lambda vocab: vocab.update(he=vocab['th'], th=vocab['he'], a=vocab['b'], b=vocab['a']),
+    lambda vocab: vocab.update({'h' * 5000: len(vocab)}),
+])
+def test_a_bpe_that_is_not_this_projects_is_refused(folder, change):
+    write_tokenizer(tokenizers.BPETokenizer(['h e', 't h', 'th e']))
+    path = Path('tokenizer.json')
+    content = json.loads(path.read_text(encoding='utf-8'))
+    change(content['model']['vocab'])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='neither|merge'):
         tokenizers.read_hf_tokenizer('.')
 
 
@@ -455,14 +478,17 @@ def test_an_exported_run_writes_the_same_text_in_transformers(trained, folder, s
     assert script('sample.py', '--init_from=exported', *flags).out == text
 
 
-@pytest.mark.parametrize('kind', ['byte', 'gpt2'])
+@pytest.mark.parametrize('kind', ['byte', 'bpe', 'gpt2'])
 def test_other_tokenizers_are_exported_too(folder, script, gpt2_files, kind):
     """The model has 47 rows more than the tokenizer has symbols. They are padding."""
-    tokenizer = tokenizers.make_tokenizer(kind)
+    tokenizer = tokenizers.make_tokenizer(kind, TEXT, vocab_size=300)
     model = small_gpt(block_size=32, vocab_size=tokenizer.vocab_size + 47)
     torch.nn.init.normal_(model.transformer.wte.weight)
     save_checkpoint('a.pt', model, tokenizer)
     assert script('export_hf.py', '--checkpoint=a.pt', '--to=exported').code == 0
+    for name in ('config', 'generation_config'):
+        content = json.loads(Path(f'exported/{name}.json').read_text())
+        assert content['eos_token_id'] == tokenizer.end
     text = greedy_text('exported', 'né 二 🎉', 15) + '\n'
     flags = ['--start=né 二 🎉', '--max_new_tokens=15', *GREEDY]
     assert script('sample.py', '--init_from=exported', *flags).out == text

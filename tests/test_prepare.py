@@ -325,7 +325,7 @@ def test_a_file_without_usable_text_is_refused(folder, refused, name, content, w
     (['--input=empty'], ['no file that ends with', '.jsonl']),
     (['--name=../mine'], ["name='../mine'", '--name=']),
     (['--name='], ['--name']),
-    (['--tokenizer=bpe'], ['tokenizer=bpe']),
+    (['--tokenizer=klingon'], ['tokenizer=klingon', 'char, byte, bpe, gpt2']),
     (['--val_fraction=1'], ['val_fraction']),
     (['--shard_tokens=1'], ['shard_tokens']),
     (['--data_dir=a.txt'], ['--data_dir']),

@@ -22,7 +22,7 @@ import transformers
 from conftest import COMPILED, PYTHON, ROOT, SHARED
 
 from lib.prepare import write_dataset
-from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, train_bpe
 from model import GPT, GPTConfig
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -168,7 +168,7 @@ def write_datasets(folder, text):
     tokenizers = dict(
         shakespeare_char=characters, shakespeare_byte=ByteTokenizer(), shakespeare=GPT2Tokenizer(),
         openwebtext=GPT2Tokenizer(), enwik8=ByteTokenizer(), enwik8_gpt2=GPT2Tokenizer(),
-        mine=characters)
+        shakespeare_bpe=train_bpe([text], 300), mine=characters)
     for name, tokenizer in tokenizers.items():
         parts = dict(train=text[:24000], val=text[24000:27000])
         if 'enwik8' in name:

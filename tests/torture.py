@@ -392,7 +392,7 @@ config_lines = st.one_of(
     statements)
 configs = st.lists(config_lines, max_size=6)
 meta_places = st.sampled_from([
-    ('tokenizer',), ('tokenizer', 'kind'), ('tokenizer', 'chars'),
+    ('tokenizer',), ('tokenizer', 'kind'), ('tokenizer', 'chars'), ('tokenizer', 'merges'),
     ('dtype',), ('vocab_size',), ('format',),
     ('splits',), ('splits', 'val'),
     ('splits', 'train'), ('splits', 'train', 'tokens'), ('splits', 'train', 'sha256'),
