@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.console import fail, tell
-from lib.data import PREPARE, find_dataset, missing, shards_of
+from lib.data import PREPARE, find_dataset, has_headers, missing, plain_shards, shards_of
 from lib.tokenizers import token_sizes
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the scripts' folder
@@ -248,7 +248,11 @@ def encode_all(tokenizer, texts):
 def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, more=''):
     """Call write_dataset for a prepare script, and say what it wrote; return meta.
 
-    Fail where it cannot write. more: added to the line that says what was written."""
+    Fail where it cannot write, and where shards of llm.c would be replaced. more: added to the line
+    that says what was written."""
+    if has_headers(folder):
+        fail(f'{folder} holds shards of llm.c or modded-nanogpt, and is not written to; '
+             f'type --name=NAME or --data_dir=FOLDER for another place')
     before = _meta_text(folder)
     try:
         meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
@@ -319,7 +323,7 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
         for name in names:
             os.replace(_part(folder, name), os.path.join(folder, name))
         for split in ('train', 'val', 'test'):
-            for path in shards_of(folder, split, all_of_them=True):
+            for path in plain_shards(folder, split, all_of_them=True):
                 if os.path.basename(path) not in names:
                     os.remove(path)   # the dataset that was here before had more files
     finally:
@@ -441,7 +445,9 @@ def prepare_missing(name, data_dir, prepare):
 
 def _dataset_made_by(prepare):
     """Return the name of the known dataset that a prepare script with its flags makes, or None."""
+    words = ['python', *prepare.split()]
     for name, command in PREPARE.items():
-        if f'python {prepare}'.startswith(command):
+        known = command.split()
+        if words[:len(known)] == known:
             return name
     return None

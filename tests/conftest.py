@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pixel import write_pixel
@@ -230,6 +231,13 @@ def write_mini(home):
         splits[split] = [(tokenizer.encode(part), len(part))]
     source = dict(name='mini', url=None, sha256='', stand_in=False)
     write_dataset(str(home / 'data/mini'), splits, tokenizer, source)
+
+
+def write_shard(path, tokens, magic=20240520, version=1):
+    """Write tokens as a shard of llm.c: a header of 256 int32, then uint16."""
+    header = np.zeros(256, dtype='<i4')
+    header[:3] = magic, version, len(tokens)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype('<u2').tobytes())
 
 
 @pytest.fixture
