@@ -6,6 +6,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import csv
 import ctypes
+import http.server
 import io
 import runpy
 import shlex
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,6 +288,43 @@ def head():
 def gpt2_files(monkeypatch):
     """Let tiktoken read GPT-2's files from SHARED."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared('tiktoken')))
+
+
+@pytest.fixture
+def server():
+    """Return serve((status, body), ...) -> url, which starts a server on loopback.
+
+    The server gives each reply once, and the last one for ever.
+    """
+    started = []
+
+    def serve(*replies):
+        left = list(replies)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        started.append(httpd)
+        return f'http://127.0.0.1:{httpd.server_port}/input.txt'
+
+    yield serve
+    for httpd in started:
+        httpd.shutdown()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Retry a download at once."""
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
 
 
 def rewrite(path, tokenizer=None, **knobs):
