@@ -160,6 +160,14 @@ def split_documents(sizes, share):
     return Chosen(validation, target, cut, sizes[largest] - from_largest, characters)
 
 
+def documents_from(sizes, first):
+    """Choose all documents from number `first` on for validation."""
+    validation = bytearray(len(sizes))
+    validation[first:] = b'\1' * (len(sizes) - first)
+    characters = sum(sizes[first:])
+    return Chosen(validation, characters, None, 0, characters)
+
+
 def _chosen_characters(sizes, validation):
     """Return the characters of the documents that are chosen."""
     return sum(size for size, chosen in zip(sizes, validation) if chosen)
