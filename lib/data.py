@@ -275,11 +275,13 @@ class Dataset:
         try:
             with open(path, 'rb') as f:
                 if self.headed:
-                    self._check_header(path, f.read(HEADER), size)
+                    check_header(f.read(HEADER), size)
                 elif size % self._token_size():
                     fail(f'{path}: {size} bytes are not a whole number of '
                          f'{self._token_size()}-byte tokens; {self.again}')
                 pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:   # check_header's
+            fail(f'{path} {error}; {self.again}')
         except OSError as error:
             self._unreadable(path, error)
         self.maps.append(pages)
@@ -289,26 +291,6 @@ class Dataset:
                 fail(f'{path} disagrees with meta.json: its SHA-256 is another; {self.again}')
             self.check_range(shard, path)
         return shard
-
-    def _check_header(self, path, header, size):
-        """Fail where a file of `size` bytes is not a shard of GPT-2's tokens, or not a whole one.
-
-        header: its first bytes."""
-        if len(header) < HEADER:
-            fail(f'{path} has {size:,} bytes, and the header alone of a shard has {HEADER:,}; '
-                 f'{self.again}')
-        magic, version, tokens = np.frombuffer(header, dtype='<i4')[:3].tolist()
-        if magic != MAGIC:
-            fail(f"{path} begins with {magic}, and a shard of GPT-2's tokens with {MAGIC}; "
-                 f'{self.again}')
-        if version != VERSION:
-            fail(f'{path} is a shard of version {version}, and only version {VERSION} is known; '
-                 f'{self.again}')
-        expected = tokens * self._token_size()
-        if size - HEADER != expected or tokens < 1:
-            fail(f'{path} is not whole: its header promises {tokens:,} tokens, and '
-                 f'{size - HEADER:,} bytes follow, where {max(expected, 2):,} are expected; '
-                 f'{self.again}')
 
     def _header_size(self):
         """Return the bytes in front of a file's tokens."""
@@ -410,6 +392,25 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def check_header(header, size):
+    """Return how many tokens a shard of `size` bytes holds. header: its first bytes.
+
+    Raises ValueError, with what is wrong, for a file that is not a shard of GPT-2's tokens, and for
+    one that is not whole."""
+    if len(header) < HEADER:
+        raise ValueError(f"has {size:,} bytes, and a shard's header alone has {HEADER:,}")
+    magic, version, tokens = np.frombuffer(header[:HEADER], dtype='<i4')[:3].tolist()
+    if magic != MAGIC:
+        raise ValueError(f"begins with {magic}, and a shard of GPT-2's tokens with {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f'is a shard of version {version}, and only version {VERSION} is known')
+    expected = 2 * tokens   # bytes
+    if size - HEADER != expected or tokens < 1:
+        raise ValueError(f'is not whole: its header promises {tokens:,} tokens, and '
+                         f'{size - HEADER:,} bytes follow, where {max(expected, 2):,} are expected')
+    return tokens
 
 
 # ---- windows and batches -------------------------------------------------------------------------

@@ -342,6 +342,18 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
     return meta
 
 
+def record(folder, meta):
+    """Write meta.json of token files that are there. Raises OSError where it cannot be written."""
+    part = _part(folder, 'meta.json')
+    try:
+        with open(part, 'w', encoding='utf-8') as f:
+            json.dump(meta, f, indent=1)
+        os.replace(part, os.path.join(folder, 'meta.json'))
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
 def _part(folder, name):
     """Return the path at which this process writes a file before the file gets its name."""
     return os.path.join(folder, f'{name}.{os.getpid()}.part')

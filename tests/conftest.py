@@ -312,7 +312,7 @@ def server():
                 pass
 
         httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         started.append(httpd)
         return f'http://127.0.0.1:{httpd.server_port}/input.txt'
 
