@@ -440,7 +440,7 @@ def prepare_missing(name, data_dir, prepare):
         return
     if not prepare:
         fail(missing(name, data_dir))
-    makes = _dataset_made_by(prepare) or name
+    makes = dataset_made_by(prepare) or name
     if makes != name:
         fail(missing(name, data_dir, why=f', and prepare={prepare!r} makes {makes}'))
     try:
@@ -463,7 +463,7 @@ def prepare_missing(name, data_dir, prepare):
              f'dataset; type its name as --dataset')
 
 
-def _dataset_made_by(prepare):
+def dataset_made_by(prepare):
     """Return the name of the known dataset that a prepare script with its flags makes, or None."""
     words = ['python', *prepare.split()]
     for name, command in PREPARE.items():

@@ -17,7 +17,7 @@ from conftest import write_shard
 
 from lib import corpora
 from lib.data import Dataset, how_to_make
-from lib.prepare import _dataset_made_by
+from lib.prepare import dataset_made_by
 
 COMMIT = 'c0ffee' + '0' * 34
 USAGE = collections.namedtuple('USAGE', 'total used free')
@@ -334,5 +334,5 @@ def test_errors_and_configs_name_the_command_of_each_corpus():
     for name in corpora.CORPORA:
         command = how_to_make(name)
         assert command == f'python prepare_corpus.py --name={name}'
-        assert _dataset_made_by(command.removeprefix('python ')) == name
-    assert _dataset_made_by('prepare_corpus.py --name=fineweb --shards=9') == 'fineweb'
+        assert dataset_made_by(command.removeprefix('python ')) == name
+    assert dataset_made_by('prepare_corpus.py --name=fineweb --shards=9') == 'fineweb'
