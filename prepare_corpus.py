@@ -58,15 +58,24 @@ def check_knobs():
                  f'away, or type --data_dir=FOLDER for another place')
 
 
+def same_command():
+    """Return the command that was typed, with its flags."""
+    command = how_to_make(name, data_dir=data_dir)
+    if shards != 1:
+        command += f' --shards={shards}'
+    if tokenizer != 'gpt2':
+        command += f' --tokenizer={shlex.quote(tokenizer)}'
+    return command
+
+
 def failed(reason):
     """Fail for what the hub did, with what to type instead."""
     copies = f'copies of the files in {folder}'
     if not corpus.shards:
         copies = (f'a copy of the text: python prepare_text.py --input=FILE --val_input=FILE '
                   f'--name={name} --tokenizer={tokenizer}')
-    again = how_to_make(name, data_dir=data_dir)
-    fail(f'{name} could not be fetched from huggingface.co ({reason}); files that are whole are '
-         f'kept: type {again} again to go on; allowed are also a mirror, '
+    fail(f'{name} could not be fetched from the hub ({reason}); files that are whole are kept: '
+         f'type {same_command()} again to go on; allowed are also a mirror, '
          f'HF_ENDPOINT=URL before the command, and {copies}')
 
 
@@ -139,8 +148,7 @@ def describe(sha256, revision):
                 if digest != corpus.sha256.get(file, digest):
                     raise ValueError(f'is not the file of {corpus.repo}: its SHA-256 is another')
             except ValueError as error:
-                fail(f'{path} {error}; remove it, and type '
-                     f'{how_to_make(name, data_dir=data_dir)} --shards={shards}')
+                fail(f'{path} {error}; remove it, and type {same_command()}')
             splits[split]['sha256'][file] = digest
     return dict(format=1, tokenizer=dict(kind='gpt2'), vocab_size=50257, dtype='uint16',
                 splits=splits, source=source(revision))
@@ -185,9 +193,14 @@ corpus = CORPORA[name]
 folder, _ = find_dataset(name, data_dir, knob='name')
 check_knobs()
 exit_on_signals()   # a signal removes what is half-written
+place = ''
+if data_dir != 'data':
+    place = f' --data_dir={shlex.quote(data_dir)}'
 if corpus.shards:
     prepare_shards()
-    tell('now type python train.py config/train_gpt2.py')
+    dataset = '' if name == 'fineweb' else f' --dataset={name}'
+    tell(f'now type python train.py config/train_gpt2.py{dataset}{place}')
 else:
     prepare_text()
-    tell('For a recipe made for these stories, type python train.py config/train_tinystories.py')
+    tell(f'These stories have a recipe of their own, too: python train.py '
+         f'config/train_tinystories.py{place}')

@@ -183,11 +183,13 @@ def test_offline_mode_takes_what_is_in_the_cache(hub, prepare, refused, monkeypa
     monkeypatch.setattr(hub_constants, 'HF_HUB_OFFLINE', True)
     prepare('fineweb_edu')
     assert len(tokens('fineweb_edu', 'train')) == 1
-    refused('prepare_corpus.py', 'fineweb_edu', '--shards=2', words=['HF_ENDPOINT', 'fineweb_edu'])
+    words = ['HF_ENDPOINT', 'type python prepare_corpus.py --name=fineweb_edu --shards=2 again']
+    refused('prepare_corpus.py', 'fineweb_edu', '--shards=2', words=words)
 
 
 def test_a_corpus_without_a_pinned_commit_stays_at_the_first_one(hub, prepare, gpt2_files):
-    prepare('fineweb_edu')
+    said = prepare('fineweb_edu')
+    assert 'now type python train.py config/train_gpt2.py --dataset=fineweb_edu' in said
     assert Dataset('fineweb_edu').meta['source']['revision'] == COMMIT
     assert any(path.startswith('/api/') and '/revision/main' in path for _, path, _ in hub.asked)
     hub.asked.clear()
@@ -215,7 +217,7 @@ def test_shards_that_a_user_has_are_not_fetched(hub, prepare, refused, gpt2_file
     assert len(tokens('fineweb', 'train')) == 3
     os.remove('data/fineweb/meta.json')
     write_shard('data/fineweb/fineweb_train_000001.bin', [1, 2, 3])
-    words = ['fineweb_train_000001.bin', 'SHA-256', 'remove it', '--name=fineweb --shards=1']
+    words = ['fineweb_train_000001.bin', 'SHA-256', 'remove it, and type python prepare_corpus.py']
     refused('prepare_corpus.py', 'fineweb', words=words)
 
 
