@@ -34,7 +34,7 @@ from lib.prepare import HOME, record
 
 name = ''            # 'fineweb', 'fineweb_edu' or 'tinystories'; the dataset gets that name, too
 shards = 1           # training shards of fineweb and fineweb_edu, 100 million tokens each
-tokenizer = 'gpt2'   # of tinystories, as prepare_text.py takes it: 'char', 'byte', 'gpt2', ...
+tokenizer = 'gpt2'   # tinystories: one that prepare_text.py takes, 'char', 'byte', 'gpt2', ...
 data_dir = 'data'    # the dataset becomes a folder in here
 knobs, given = configure(globals(), first='name', configs=False)
 
@@ -164,7 +164,7 @@ def source(revision):
 
 def prepare_text():
     """Let prepare_text.py make tokens of the two texts, and note where they are from."""
-    tokens_a_byte = 0.3 if tokenizer == 'gpt2' else 1   # at most, on English
+    tokens_a_byte = 0.3 if tokenizer == 'gpt2' else 1   # the most that English text takes
     room = Room(folder, int(2 * tokens_a_byte * TEXT_BYTES), '--data_dir=FOLDER')
     try:
         fetched = fetch(corpus, corpus.revision, [corpus.train, corpus.val], [room])

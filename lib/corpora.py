@@ -74,7 +74,7 @@ def fetch(corpus, revision, files, rooms=()):
     has all files, the hub is not asked.
 
     Raises OSError with the reason."""
-    paths = {file: cached(corpus, revision, file) for file in files}
+    paths = {file: ask(cached, corpus, revision, file) for file in files}
     absent = [file for file, path in paths.items() if path is None]
     listed = {}
     if absent:

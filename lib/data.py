@@ -108,8 +108,7 @@ def first_with(name, data_dirs, split):
 
 
 def shards_of(folder, split):
-    """Return the files of a split in order, ours or, where there are none of ours, those with a
-    header."""
+    """Return the files of a split in order: ours or, without any, those with a header."""
     return plain_shards(folder, split) or headed_shards(folder, split)
 
 

@@ -168,7 +168,8 @@ def windows_of(items, block_size):
         for choice, ids in enumerate(item.choices):
             last = (item.context + ids)[-block_size - 1:]
             windows.append(Window(number, choice, last, len(ids)))
-    windows.sort(key=lambda window: -len(window.ids))   # of one length, so little is padded
+    # neighbours of similar length share a batch, which then has little padding
+    windows.sort(key=lambda window: -len(window.ids))
     return windows, cut
 
 
@@ -220,7 +221,7 @@ def figures(task, items, scores):
     """Return what evaluate.py says of a task: its items, the accuracy and its 95 % interval."""
     if task == 'lambada':
         right = scores.misses[:, 0] == 0
-        more = dict(perplexity=perplexity(scores.nats.mean()))   # of the last word, all its tokens
+        more = dict(perplexity=perplexity(scores.nats.mean()))   # a last word's
     else:
         labels = np.array([item.label for item in items])
         right = scores.nats.argmin(1) == labels

@@ -112,7 +112,8 @@ def hub(folder, monkeypatch, no_waiting):
     template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub_constants.ENDPOINT, url)
     monkeypatch.setattr(hub_constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     monkeypatch.setattr(hub_constants, 'ENDPOINT', url)
-    huggingface_hub.utils.logging.set_verbosity_error()   # its handler has an earlier test's stderr
+    # The hub's logger holds an earlier test's stderr, which is closed.
+    huggingface_hub.utils.logging.set_verbosity_error()
     monkeypatch.setattr(hub_constants, 'HF_HUB_CACHE', str(folder / 'hub'))
     for number in range(4):
         name = f'fineweb_train_{number:06d}.bin' if number else 'fineweb_val_000000.bin'

@@ -267,6 +267,6 @@ def test_the_published_file_is_fetched_once_and_checked(bench, script, server, m
 
 
 def test_hellaswags_published_file_is_read():
-    """Its form is checked where a copy is at hand."""
+    """A local copy has the form that read_items expects."""
     path = shared('hellaswag_val.jsonl')
     assert len(tasks.read_items('hellaswag', path, ByteTokenizer())) == 10042
