@@ -5,7 +5,7 @@
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # Without the first command, one shard of 100 million tokens is fetched (400 MB with validation).
-# That is enough for a first try. The whole run would see it 3,000 times, and overfit.
+# One shard is enough for a first try. The whole run would see it 3,000 times, and overfit.
 
 dataset = 'fineweb'   # openwebtext is nanoGPT's; --dataset=openwebtext takes your own copy
 prepare = 'prepare_corpus.py --name=fineweb'   # run when the data is missing
