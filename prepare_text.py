@@ -7,6 +7,7 @@ Your own text to token files.
     python prepare_text.py --input="dump/**/*.json" --name=dump      # lists of texts or of records
     pdftotext book.pdf - | python prepare_text.py --input=- --name=book     # standard input
     python prepare_text.py book.txt --name=mine --tokenizer=bpe --vocab_size=1024
+    python prepare_text.py --input=train.txt --val_input=valid.txt --name=mine   # splits of its own
     python prepare_text.py --input=more.txt --name=more --tokenizer=FROM:out/best.pt
 
 The last command takes the vocabulary of a model that exists, and train.py --init_from=resume can
@@ -57,10 +58,11 @@ vocab_size = 1024    # symbols of 'bpe': 256 bytes, pairs that are merged, and <
 field = 'text'       # name of the field that holds the text in a .jsonl's or .json's records
 skip_bad = False     # skip lines and items of JSON that hold no text, and count them
 drop_unknown = False  # drop characters that FROM:FILE's vocabulary lacks, and count them
+val_input = ''       # like input, for validation alone; then val_fraction does not count
 val_fraction = 0.1   # share of the characters that is for validation, above 0 and below 1
 shard_tokens = 100_000_000  # tokens a file; more make several
 data_dir = 'data'    # the dataset becomes a folder in here
-_, given = configure(globals(), first='input', configs=False)
+knobs, given = configure(globals(), first='input', configs=False)
 
 PLAIN_ENDINGS = ('.txt', '.md', '.jsonl')
 ENDINGS = PLAIN_ENDINGS + tuple(ending + '.gz' for ending in PLAIN_ENDINGS)   # a folder's files
@@ -98,7 +100,7 @@ def listed(words):
 
 def typed(path):
     """Return a path as a shell command names it."""
-    return '-' if input == '-' else shlex.quote(path)
+    return '-' if input == '-' and path == STDIN else shlex.quote(path)
 
 
 def check_knobs():
@@ -106,6 +108,11 @@ def check_knobs():
     if not input or not name:
         fail(f'--input and --name are needed: what to read and what to call it; {AGAIN}')
     folder, _ = find_dataset(name, data_dir, knob='name')
+    if val_input and 'val_fraction' in given:
+        fail(f'--val_input={val_input} and --val_fraction={val_fraction} do not go together: the '
+             f'first names the whole validation split; type --val_input={shlex.quote(val_input)}')
+    if val_input == '-':
+        fail('--val_input=-: allowed are a file, a folder or a pattern; type --val_input=FILE')
     if not 0 < val_fraction < 1:
         fail(f'val_fraction={val_fraction}: allowed is a share above 0 and below 1; '
              f'type --val_fraction=0.1')
@@ -118,23 +125,37 @@ def check_knobs():
 
 # ---- which files ---------------------------------------------------------------------------------
 
-def find_files(folder):
-    """Return the paths of the input's files, sorted; fail where one is in the dataset's folder.
+def find_both():
+    """Return (the files of input, those of val_input), without those of val_input in the first."""
+    for_validation = find_files(folder, val_input, 'val_input') if val_input else []
+    for_training = find_files(folder, input, 'input')
+    real = {os.path.realpath(path) for path in for_validation}
+    for_training = [path for path in for_training if os.path.realpath(path) not in real]
+    if not for_training:
+        fail(f'--val_input={val_input} names all files of --input={input}, and none is left for '
+             f'training; {AGAIN} --val_input=OTHER')
+    return for_training, for_validation
+
+
+def find_files(folder, named, knob):
+    """Return a knob's files, sorted by path; fail where one is in the dataset's folder.
 
     A file that several names lead to is in the list once, under the first of them."""
-    if input == '-':
+    if named == '-':
         return [STDIN]
     unread = []   # paths that cannot be read, each with the reason
-    if os.path.isdir(input):
-        candidates = folder_files(input, unread)
-        nothing = (f'{input} has no file that ends with {", ".join(ENDINGS)}; '
-                   f'type --input=FILE for one with another ending')
-    elif os.path.exists(input) and not os.path.isfile(input):
-        fail(f'--input={input} is not a regular file, and is read more than once; '
-             f'type --input=- < {shlex.quote(input)} for a pipe')
+    if os.path.isdir(named):
+        candidates = folder_files(named, unread)
+        nothing = (f'{named} has no file that ends with {", ".join(ENDINGS)}; '
+                   f'type --{knob}=FILE for one with another ending')
+    elif os.path.exists(named) and not os.path.isfile(named):
+        advice = f'type --{knob}=FILE'
+        if knob == 'input':
+            advice = f'type --input=- < {shlex.quote(named)} for a pipe'
+        fail(f'--{knob}={named} is not a regular file, and is read more than once; {advice}')
     else:
-        candidates = [input] if os.path.isfile(input) else matches(input, unread)
-        nothing = (f'--input={input}: there is no such file, folder or match of a pattern '
+        candidates = [named] if os.path.isfile(named) else matches(named, unread)
+        nothing = (f'--{knob}={named}: there is no such file, folder or match of a pattern '
                    f'(in quotes: "texts/*.txt"); {AGAIN}')
     once = {}   # real path -> path
     for path in sorted(set(candidates)):
@@ -249,6 +270,7 @@ class Reading:
         self.digest = hashlib.sha256()   # hash of the same bytes
         self.skipped = Counter()   # lines and items of JSON without a text
         self.first_skipped = ''    # where the first one is, and what is wrong with it
+        self.begins = {}           # {path: documents before its first one}
         self.unknown = Counter()   # characters that the given vocabulary lacks
         self.first_unknown = ''    # where the first one is
 
@@ -294,6 +316,7 @@ def documents(reading):
     number = 0
     begun = False   # whether the document has had any text so far
     for path in paths:
+        reading.begins[path] = number
         for place, text in read_file(path, reading):
             if text and alphabet:
                 text = reading.known(text, place)
@@ -450,7 +473,7 @@ def blocks(path, reading):
 
 def open_file(path):
     """Return a file opened to read its bytes from the beginning."""
-    if input == '-':
+    if input == '-' and path == STDIN:
         spooled.seek(0)
         return open(os.dup(spooled.fileno()), 'rb')
     if path.lower().endswith('.gz'):
@@ -563,6 +586,8 @@ def survey():
 
 def choose():
     """Return which documents are for validation; say where one of several is cut."""
+    if val_paths:
+        return prepare.documents_from(found.sizes, found.reading.begins[val_paths[0]])
     chosen = prepare.split_documents(found.sizes, val_fraction)
     if chosen.cut is not None and len(found.sizes) > 1:
         size = found.sizes[chosen.cut]
@@ -607,7 +632,7 @@ def write_splits():
     more = f'; of {counted(len(found.sizes), "document")}, {counted(total_bytes, "byte")}'
     if len(found.sizes) == 1:
         more += f', its last {chosen.characters:,} characters for validation'
-    elif chosen.cut is None:
+    elif chosen.cut is None:   # also with val_input
         more += f', {sum(chosen.validation):,} of them for validation'
     with tqdm(desc='tokenizing', total=2 * total_bytes, unit='B', unit_scale=True, leave=False,
               disable=None) as bar:
@@ -650,7 +675,8 @@ vocabulary = given_vocabulary()   # before the text is read: it may have to be f
 alphabet = set()   # the characters that the text may have; empty for all
 if isinstance(vocabulary, tokenizers.CharTokenizer):
     alphabet = set(vocabulary.chars)
-paths = find_files(folder)
+train_paths, val_paths = find_both()
+paths = train_paths + val_paths   # in the order in which documents() reads them
 if input == '-':
     spooled = spool()
 found = survey()

@@ -24,7 +24,8 @@ from lib.console import fail, open_console, say, write
 
 PLAIN = (bool, int, float, str, type(None))
 # Knobs that name a file or a folder. Shells do not expand the ~ in --key=~/file.
-PATHS = ('checkpoint', 'data_dir', 'init_from', 'input', 'json', 'out_dir', 'plot', 'results', 'to')
+PATHS = ('checkpoint', 'data_dir', 'init_from', 'input', 'json', 'out_dir', 'plot', 'results', 'to',
+         'val_input')
 # words that other programs use, and the knobs that mean the same here
 OTHER_WORDS = {
     'resume': 'init_from=resume', 'model': 'init_from', 'output': 'out_dir',

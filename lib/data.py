@@ -5,6 +5,9 @@ A dataset is a folder, data/<name>/, with train.bin, val.bin (test.bin) and meta
 files, or their shards train_000.bin, train_001.bin, ..., are raw little-endian uint16, uint32 for a
 vocabulary above 65,536, and nothing else. meta.json says how to read them and what they must hash
 to. Datasets made by nanoGPT are read as well.
+
+A folder with the shards of llm.c or modded-nanogpt is a dataset, too: *_train_*.bin and *_val_*.bin
+have a header in front of their tokens, which are those of GPT-2, and need no meta.json.
 """
 import glob
 import hashlib
@@ -28,6 +31,13 @@ VERIFY_BELOW = 64 << 20
 RELEASE_AFTER = 256 << 20   # bytes read from the files before their pages are given back
 # the command for other datasets of Tiny Shakespeare, from prepare_shakespeare.py's download
 TINY_SHAKESPEARE = 'python prepare_text.py --input=data/shakespeare_char/input.txt'
+# The header of a shard by llm.c or modded-nanogpt is 256 int32: MAGIC, VERSION, the number of
+# tokens, and zeros.
+HEADER = 1024   # bytes
+MAGIC = 20240520
+VERSION = 1
+SPLITS = ('train', 'val', 'test')
+DEFAULT = 'openwebtext'   # the dataset of train.py and of nanoGPT where none is named
 HOW_TO_MAKE = {
     'shakespeare_char': 'python prepare_shakespeare.py --tokenizer=char',
     'shakespeare_byte': 'python prepare_shakespeare.py --tokenizer=byte',
@@ -40,7 +50,10 @@ HOW_TO_MAKE = {
     'openwebtext': 'python prepare_text.py --input=FOLDER --name=openwebtext --tokenizer=gpt2',
     'enwik8': 'python prepare_enwik8.py --tokenizer=byte',
     'enwik8_gpt2': 'python prepare_enwik8.py --tokenizer=gpt2',
-    'enwik8_bpe': 'python prepare_enwik8.py --tokenizer=bpe'}
+    'enwik8_bpe': 'python prepare_enwik8.py --tokenizer=bpe',
+    'tinystories': 'python prepare_corpus.py --name=tinystories',
+    'fineweb': 'python prepare_corpus.py --name=fineweb',
+    'fineweb_edu': 'python prepare_corpus.py --name=fineweb_edu'}
 
 
 # ---- finding a dataset ---------------------------------------------------------------------------
@@ -102,18 +115,38 @@ def first_with(name, data_dirs, split):
     return None
 
 
-def shards_of(folder, split, all_of_them=False):
-    """Return the files of a split: train.bin alone, or train_000.bin, train_001.bin, ... in order.
+def shards_of(folder, split):
+    """Return the files of a split in order: ours or, without any, those with a header."""
+    return plain_shards(folder, split) or headed_shards(folder, split)
+
+
+def plain_shards(folder, split, all_of_them=False):
+    """Return train.bin alone, or train_000.bin, train_001.bin, ..., which are tokens alone.
 
     all_of_them: return the shards that lie beside a train.bin too."""
-    pattern = os.path.join(glob.escape(folder), f'{split}_[0-9]*.bin')
-    shards = sorted(glob.glob(pattern), key=lambda path: (len(path), path))
+    shards = _in_order(folder, f'{split}_[0-9]*.bin')
     whole = os.path.join(folder, f'{split}.bin')
     if not os.path.isfile(whole):
         return shards
     if all_of_them:
         return [whole, *shards]
     return [whole]
+
+
+def headed_shards(folder, split):
+    """Return NAME_train_000001.bin, ..., the shards of llm.c and modded-nanogpt with a header."""
+    return _in_order(folder, f'*_{split}_*.bin')
+
+
+def _in_order(folder, pattern):
+    """Return the paths in a folder that a pattern stands for, sorted by their numbers."""
+    paths = glob.glob(os.path.join(glob.escape(folder), pattern))
+    return sorted(paths, key=lambda path: (len(path), path))
+
+
+def has_headers(folder):
+    """Return whether a folder has shards with a header."""
+    return any(headed_shards(folder, split) for split in SPLITS)
 
 
 # ---- what to say where there is no dataset -------------------------------------------------------
@@ -123,9 +156,21 @@ def missing(name, data_dir, needs=('train', 'val'), why=''):
 
     why: more about it, as the end of a clause."""
     folder = os.path.join(data_dir, name)
-    files = [f'{split}.bin' for split in needs if not shards_of(folder, split)]
-    return (f'{folder} has no {" and ".join(files)}{why}; make it first: '
-            f'{how_to_make(name, data_dir=data_dir)}')
+    absent = [split for split in needs if not shards_of(folder, split)]
+    command = how_to_make(name, data_dir=data_dir)
+    if has_headers(folder):
+        files = ' and '.join(f'*_{split}_*.bin' for split in absent)
+        if name not in HOW_TO_MAKE:
+            return (f'{folder} has no shards {files} beside the others; fetch them into it, '
+                    f'or type --dataset=NAME for another dataset')
+        return f'{folder} has no shards {files} beside the others{why}; fetch them: {command}'
+    files = ' and '.join(f'{split}.bin' for split in absent)
+    if name == DEFAULT:
+        return (f'{folder} has no {files}{why}; for a first model type '
+                f'python train.py config/train_shakespeare_char.py, which fetches 1 MB; '
+                f'for GPT-2 itself type python train.py config/train_gpt2.py, which fetches '
+                f'400 MB; for texts of your own type {command}')
+    return f'{folder} has no {files}{why}; make it first: {command}'
 
 
 def not_found(name, data_dirs, split):
@@ -160,7 +205,9 @@ class Dataset:
         self.name = name
         self.data_dir = data_dir
         self.folder = os.path.join(data_dir, name)
-        self.again = f'type {how_to_make(name, data_dir=data_dir)} to make it again'
+        self.headed = has_headers(self.folder)
+        self.again = self._how_to_mend()
+        self._check_kinds()
         try:
             self.meta = read_meta(self.folder)
             self.dtype = {'uint16': '<u2', 'uint32': '<u4'}[self.meta['dtype']]
@@ -170,9 +217,28 @@ class Dataset:
             fail(f'{self.folder}: its meta file cannot be used ({type(error).__name__}: {error}); '
                  f'{self.again}')
         self.vocab_size = self.tokenizer.vocab_size
-        self.again = f'type {how_to_make(name, self.tokenizer, data_dir)} to make it again'
+        self.again = self._how_to_mend(self.tokenizer)
         self.opened = {}   # {split: its shards}
         self.maps = []     # the memory maps of all shards
+
+    def _how_to_mend(self, tokenizer=None):
+        """Return what to type where a file is damaged. tokenizer: the dataset's, if known."""
+        if self.headed and self.name not in HOW_TO_MAKE:
+            return 'fetch the file again, or type --dataset=NAME for another dataset'
+        return f'type {how_to_make(self.name, tokenizer, self.data_dir)} to make it again'
+
+    def _check_kinds(self):
+        """Fail for a folder with token files of both kinds: which ones are meant is not clear."""
+        if not self.headed:
+            return
+        for split in SPLITS:
+            plain = plain_shards(self.folder, split)
+            if plain:
+                headed = [path for each in SPLITS for path in headed_shards(self.folder, each)]
+                fail(f'{self.folder} has token files of two kinds, {os.path.basename(plain[0])} '
+                     f'without a header and {os.path.basename(headed[0])} with one; allowed is '
+                     f'one kind; move the others into another folder of {self.data_dir}/, and '
+                     f'type --dataset=NAME for the one to use')
 
     def split(self, split):
         """Return a split's shards, each a memory-mapped array of tokens.
@@ -190,7 +256,7 @@ class Dataset:
         tokens, hashes = self._expected(split)
         sizes = [self._size(path) for path in paths]
         if tokens is not None:
-            size = tokens * self._token_size()
+            size = tokens * self._token_size() + len(paths) * self._header_size()
             if sum(sizes) != size or set(hashes) != {os.path.basename(path) for path in paths}:
                 fail(f'{self.folder}: {split}.bin disagrees with meta.json: {sum(sizes):,} bytes '
                      f'in {len(paths)} file(s), where {size:,} in {len(hashes)} are expected; '
@@ -216,21 +282,29 @@ class Dataset:
         """Return a token file of `size` bytes as an array. sha256: None where it is not known."""
         if size == 0:
             fail(f'{path} is empty; {self.again}')
-        if size % self._token_size():
-            fail(f'{path}: {size} bytes are not a whole number of {self._token_size()}-byte '
-                 f'tokens; {self.again}')
         try:
             with open(path, 'rb') as f:
+                if self.headed:
+                    check_header(f.read(HEADER), size)
+                elif size % self._token_size():
+                    fail(f'{path}: {size} bytes are not a whole number of '
+                         f'{self._token_size()}-byte tokens; {self.again}')
                 pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:   # check_header's
+            fail(f'{path} {error}; {self.again}')
         except OSError as error:
             self._unreadable(path, error)
         self.maps.append(pages)
-        shard = np.frombuffer(pages, dtype=self.dtype)
+        shard = np.frombuffer(pages, dtype=self.dtype, offset=self._header_size())
         if size <= VERIFY_BELOW:
-            if sha256 is not None and hashlib.sha256(shard).hexdigest() != sha256:
+            if sha256 is not None and hashlib.sha256(pages).hexdigest() != sha256:
                 fail(f'{path} disagrees with meta.json: its SHA-256 is another; {self.again}')
             self.check_range(shard, path)
         return shard
+
+    def _header_size(self):
+        """Return the bytes in front of a file's tokens."""
+        return HEADER if self.headed else 0
 
     def _token_size(self):
         """Return the bytes of a token."""
@@ -294,6 +368,8 @@ def read_meta(folder):
     Raises many kinds of errors for a file that holds something else."""
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
+        if has_headers(folder):
+            return dict(tokenizer=dict(kind='gpt2'), dtype='uint16')
         return nanogpt_meta(folder)
     with open(path, encoding='utf-8') as f:
         meta = json.load(f)
@@ -326,6 +402,25 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def check_header(header, size):
+    """Return how many tokens a shard of `size` bytes holds. header: its first bytes.
+
+    Raises ValueError, with what is wrong, for a file that is not a shard of GPT-2's tokens, and for
+    one that is not whole."""
+    if len(header) < HEADER:
+        raise ValueError(f"has {size:,} bytes, and a shard's header alone has {HEADER:,}")
+    magic, version, tokens = np.frombuffer(header[:HEADER], dtype='<i4')[:3].tolist()
+    if magic != MAGIC:
+        raise ValueError(f"begins with {magic}, and a shard of GPT-2's tokens with {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f'is a shard of version {version}, and only version {VERSION} is known')
+    expected = 2 * tokens   # bytes
+    if size - HEADER != expected or tokens < 1:
+        raise ValueError(f'is not whole: its header promises {tokens:,} tokens, and '
+                         f'{size - HEADER:,} bytes follow, where {max(expected, 2):,} are expected')
+    return tokens
 
 
 # ---- windows and batches -------------------------------------------------------------------------

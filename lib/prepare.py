@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.console import fail, tell
-from lib.data import HOW_TO_MAKE, find_dataset, missing, shards_of
+from lib.data import HOW_TO_MAKE, find_dataset, has_headers, missing, plain_shards, shards_of
 from lib.tokenizers import token_sizes
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the scripts' folder
@@ -160,6 +160,14 @@ def split_documents(sizes, share):
     return Chosen(validation, target, cut, sizes[largest] - from_largest, characters)
 
 
+def documents_from(sizes, first):
+    """Choose all documents from number `first` on for validation."""
+    validation = bytearray(len(sizes))
+    validation[first:] = b'\1' * (len(sizes) - first)
+    characters = sum(sizes[first:])
+    return Chosen(validation, characters, None, 0, characters)
+
+
 def _chosen_characters(sizes, validation):
     """Return the characters of the documents that are chosen."""
     return sum(size for size, chosen in zip(sizes, validation) if chosen)
@@ -248,7 +256,11 @@ def encode_all(tokenizer, texts):
 def write_prepared(folder, splits, tokenizer, source, shard_tokens=sys.maxsize, more=''):
     """Call write_dataset for a prepare script, and say what it wrote; return meta.
 
-    Fail where it cannot write. more: added to the line that says what was written."""
+    Fail where it cannot write, and where shards of llm.c would be replaced. more: added to the line
+    that says what was written."""
+    if has_headers(folder):
+        fail(f'{folder} holds shards of llm.c or modded-nanogpt, and is not written to; '
+             f'type --name=NAME or --data_dir=FOLDER for another place')
     before = _meta_text(folder)
     try:
         meta = write_dataset(folder, splits, tokenizer, source, shard_tokens)
@@ -319,7 +331,7 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
         for name in names:
             os.replace(_part(folder, name), os.path.join(folder, name))
         for split in ('train', 'val', 'test'):
-            for path in shards_of(folder, split, all_of_them=True):
+            for path in plain_shards(folder, split, all_of_them=True):
                 if os.path.basename(path) not in names:
                     os.remove(path)   # the dataset that was here before had more files
     finally:
@@ -328,6 +340,18 @@ def write_dataset(folder, splits, tokenizer, source, shard_tokens=sys.maxsize):
         with contextlib.suppress(OSError):   # the folder is not empty
             os.rmdir(folder)
     return meta
+
+
+def record(folder, meta):
+    """Write meta.json of token files that are there. Raises OSError where it cannot be written."""
+    part = _part(folder, 'meta.json')
+    try:
+        with open(part, 'w', encoding='utf-8') as f:
+            json.dump(meta, f, indent=1)
+        os.replace(part, os.path.join(folder, 'meta.json'))
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def _part(folder, name):
@@ -416,7 +440,7 @@ def prepare_missing(name, data_dir, prepare):
         return
     if not prepare:
         fail(missing(name, data_dir))
-    makes = _dataset_made_by(prepare) or name
+    makes = dataset_made_by(prepare) or name
     if makes != name:
         fail(missing(name, data_dir, why=f', and prepare={prepare!r} makes {makes}'))
     try:
@@ -439,9 +463,11 @@ def prepare_missing(name, data_dir, prepare):
              f'dataset; type its name as --dataset')
 
 
-def _dataset_made_by(prepare):
+def dataset_made_by(prepare):
     """Return the name of the known dataset that a prepare script with its flags makes, or None."""
+    words = ['python', *prepare.split()]
     for name, command in HOW_TO_MAKE.items():
-        if f'python {prepare}'.startswith(command):
+        known = command.split()
+        if words[:len(known)] == known:
             return name
     return None

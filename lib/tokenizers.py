@@ -343,12 +343,12 @@ def _merges(vocab):
     return merges
 
 
-def gpt2_merges(tokenizer):
+def bpe_merges(tokenizer):
     """Return (the bytes of tokens 0 to 255, the two token ids of each merge, in their order).
 
     Merge i makes token 256 + i. export_web.py writes them into its page."""
-    vocab = _gpt2_vocab(tokenizer)
-    bytes_of = [tokenizer.bpe.decode_single_token_bytes(i)[0] for i in range(256)]
+    vocab = _bpe_vocab(tokenizer)
+    bytes_of = [tokenizer.encoding.decode_single_token_bytes(i)[0] for i in range(256)]
     return bytes_of, [(vocab[left], vocab[right]) for left, right in _merges(vocab)]
 
 

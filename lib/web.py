@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lib.pages import as_json, fill
-from lib.tokenizers import gpt2_merges
+from lib.tokenizers import bpe_merges
 
 # from the smallest page to the largest: bytes for each number of a matrix
 NUMBER_BYTES = dict(int8=1, float16=2, float32=4)
@@ -133,7 +133,7 @@ def packed_tokenizer(tokenizer):
     tokenizer.json."""
     state = tokenizer.state() | dict(opening=tokenizer.opening, end=tokenizer.end)
     if state['kind'] == 'gpt2':
-        letters, merges = gpt2_merges(tokenizer)
+        letters, merges = bpe_merges(tokenizer)
         state['bytes'] = letters
         state['merges'] = base64.b64encode(np.array(merges, dtype='<u2').tobytes()).decode()
     return state

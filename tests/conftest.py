@@ -6,6 +6,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import csv
 import ctypes
+import http.server
 import io
 import runpy
 import shlex
@@ -15,9 +16,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pixel import write_pixel
@@ -233,6 +236,13 @@ def write_mini(home):
     write_dataset(str(home / 'data/mini'), splits, tokenizer, source)
 
 
+def write_shard(path, tokens, magic=20240520, version=1):
+    """Write tokens as a shard of llm.c: a header of 256 int32, then uint16."""
+    header = np.zeros(256, dtype='<i4')
+    header[:3] = magic, version, len(tokens)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype('<u2').tobytes())
+
+
 @pytest.fixture
 def mini(folder):
     """Enter an empty working folder that holds data/mini, and return its path."""
@@ -293,6 +303,43 @@ def browser():
         browser = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def server():
+    """Return serve((status, body), ...) -> url, which starts a server on loopback.
+
+    The server gives each reply once, and the last one for ever.
+    """
+    started = []
+
+    def serve(*replies):
+        left = list(replies)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(httpd)
+        return f'http://127.0.0.1:{httpd.server_port}/input.txt'
+
+    yield serve
+    for httpd in started:
+        httpd.shutdown()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Retry a download at once."""
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
 
 
 def rewrite(path, tokenizer=None, **knobs):

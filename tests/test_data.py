@@ -1,13 +1,11 @@
 """data.py and prepare_shakespeare.py. pytest tests/test_data.py"""
 import builtins
 import hashlib
-import http.server
 import json
 import math
 import mmap
 import os
 import pickle
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -432,43 +430,6 @@ def test_tiny_shakespeare(folder, script, shakespeare, gpt2_files, kind, name, v
     assert whole == shakespeare.read_bytes()
     splits = made.meta['splits']
     assert splits['train']['bytes'] + splits['val']['bytes'] == len(whole)
-
-
-@pytest.fixture
-def server():
-    """Return serve((status, body), ...) -> url, which starts a server on loopback.
-
-    The server gives one reply after another, and repeats the last one.
-    """
-    started = []
-
-    def serve(*replies):
-        left = list(replies)
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                status, body = left.pop(0) if len(left) > 1 else left[0]
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        started.append(httpd)
-        return f'http://127.0.0.1:{httpd.server_port}/input.txt'
-
-    yield serve
-    for httpd in started:
-        httpd.shutdown()
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """Retry a download at once."""
-    monkeypatch.setattr('time.sleep', lambda seconds: None)
 
 
 def test_download_retries_and_checks(folder, script, shakespeare, server, no_waiting):

@@ -105,7 +105,23 @@ def test_ranks_agree(run, forked):
     commands = []
     for ranks in (1, 2, 3):
         commands.append([ranks, 'evaluate.py', *flags, f'--json={ranks}.json'])
+    items = ''
+    for i in range(1, 12):
+        text = f'{i} times 11 is {11 * i},'
+        endings = [f'{11 * i + wrong},' for wrong in (-1, 0, 1, 2)]
+        items += json.dumps(dict(text=text, ctx=text[:-4], endings=endings, label=1)) + '\n'
+    Path('items.jsonl').write_text(items)
+    for task in ('hellaswag', 'lambada'):
+        for ranks in (1, 2, 3):
+            commands.append([ranks, 'evaluate.py', '--device=cpu', f'--task={task}',
+                             '--input=items.jsonl', '--batch_size=5', f'--json={task}{ranks}.json'])
     forked(*commands)
+    for task in ('hellaswag', 'lambada'):
+        one, *others = [json.loads(Path(f'{task}{ranks}.json').read_text()) for ranks in (1, 2, 3)]
+        assert one['items'] == 11
+        for other in others:
+            assert other.pop('task') == task
+            assert other == pytest.approx({key: one[key] for key in other})
     one, *others = [json.loads(Path(f'{ranks}.json').read_text()) for ranks in (1, 2, 3)]
     for other in others:
         assert other['nats_per_token'] == pytest.approx(one['nats_per_token'], abs=1e-6)

@@ -619,12 +619,27 @@ def knobs_after(config, device):
     ('train_gpt2.py', 124_439_808),
     ('train_gpt2_nobias.py', 124_412_160),
     ('train_enwik8_gpt2.py', 163_037_184),
+    ('speedrun_fineweb.py', 162_148_608),
 ])
 def test_a_config_has_its_number_of_parameters_on_any_device(name, parameters, device):
     knobs = knobs_after(name, device)
     fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
     with torch.device('meta'):
         assert GPT(GPTConfig(**fields)).num_params() == parameters
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
+def test_a_config_makes_its_own_dataset(name, device):
+    knobs = knobs_after(name, device)
+    assert prepare.dataset_made_by(knobs['prepare']) == knobs['dataset']
+
+
+def test_the_config_for_stories_on_a_gpu_has_10_to_30_million_parameters():
+    knobs = knobs_after('train_tinystories.py', 'cuda')
+    fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
+    with torch.device('meta'):
+        assert 25e6 < GPT(GPTConfig(**fields)).num_params() < 27e6
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])

@@ -912,3 +912,48 @@ def test_printed_commands_work_for_short_texts_too(folder, script, characters, f
     assert done.code == 0, done.err
     text = script(*sample, '--max_new_tokens=9', '--device=cpu').out
     assert len(text) > 5
+
+
+# ---- a validation text of its own ----------------------------------------------------------------
+
+def test_a_validation_text_of_its_own(folder, script):
+    Path('train.txt').write_text('one\n<|endoftext|>\ntwo\n<|endoftext|>\n')
+    Path('valid.txt').write_text('three\n<|endoftext|>\nfour')
+    result = script('prepare_text.py', 'train.txt', '--val_input=valid.txt', MINE)
+    assert result.code == 0, result.err
+    assert read('mine', 'train') == 'one\n\n\ntwo\n\n\n'
+    assert read('mine', 'val') == 'three\n\n\nfour'
+    assert '2 of them for validation' in result.err
+    assert source()['files'] == 2
+
+
+def test_a_folder_may_hold_the_validation_text(folder, script):
+    os.mkdir('texts')
+    for name in 'abc':
+        Path(f'texts/{name}.txt').write_text(f'text {name} ' * 3)
+    assert script('prepare_text.py', 'texts', '--val_input=texts/b.txt', MINE).code == 0
+    assert read('mine', 'val') == 'text b ' * 3
+    assert read('mine', 'train') == 'text a ' * 3 + '\n' + 'text c ' * 3
+
+
+def test_standard_input_with_a_validation_text(folder, script):
+    Path('b.txt').write_text('for validation')
+    flags = ['--input=-', '--val_input=b.txt', MINE]
+    assert script('prepare_text.py', *flags, stdin='for training').code == 0
+    assert read('mine', 'train') == 'for training'
+    assert read('mine', 'val') == 'for validation'
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--val_input=none.txt'], ['--val_input=none.txt', 'no such']),
+    (['--val_input=-'], ['--val_input=-']),
+    (['--val_input=a.txt'], ['none is left for training']),
+    (['--val_input=b.txt', '--val_fraction=0.2'], ['do not go together']),
+    (['--val_input=empty.txt'], ['the val split has 0 tokens']),
+])
+def test_mistakes_with_a_validation_text(folder, refused, flags, words):
+    for name in ('a', 'b'):
+        Path(f'{name}.txt').write_text('some text ' * 9)
+    Path('empty.txt').write_text('')
+    refused('prepare_text.py', *A_TXT, *flags, words=words)
+    assert not os.path.exists('data/mine')

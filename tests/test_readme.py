@@ -6,6 +6,8 @@ Every command of README.md and docs/ runs, with a small budget and without a net
 Commands stand in blocks marked ```sh, a line each; what they print stands in blocks marked ```text.
 """
 import gzip
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -13,24 +15,27 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import COMPILED, PYTHON, ROOT, SHARED
+from conftest import COMPILED, PYTHON, ROOT, SHARED, write_shard
 
+from lib import corpora, tasks
 from lib.prepare import write_dataset
 from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, train_bpe
 from model import GPT, GPTConfig
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 MAIN = 'config/train_shakespeare_char.py'
+COMMIT = 'c0ffee' + '0' * 34   # of the corpora in the hub's cache
 FIRST_BLOCK = ['pip install -r requirements.txt', f'python train.py {MAIN}',
                'python sample.py --start "ROMEO:"']
 # Commands that are tested elsewhere: .ci/run runs pip, and tests/test_docs.py the tour.
-ELSEWHERE = ('pip ', 'export ', 'python docs/tour.py')
+# lm_eval is a package of its own, and was tried by hand.
+ELSEWHERE = ('pip ', 'export ', 'python docs/tour.py', 'lm_eval ')
 
 
 # ---- the commands of the pages -------------------------------------------------------------------
@@ -168,7 +173,7 @@ def write_datasets(folder, text):
     tokenizers = dict(
         shakespeare_char=characters, shakespeare_byte=ByteTokenizer(), shakespeare=GPT2Tokenizer(),
         openwebtext=GPT2Tokenizer(), enwik8=ByteTokenizer(), enwik8_gpt2=GPT2Tokenizer(),
-        shakespeare_bpe=train_bpe([text], 300), mine=characters)
+        shakespeare_bpe=train_bpe([text], 300), tinystories=ByteTokenizer(), mine=characters)
     for name, tokenizer in tokenizers.items():
         parts = dict(train=text[:24000], val=text[24000:27000])
         if 'enwik8' in name:
@@ -178,7 +183,39 @@ def write_datasets(folder, text):
             splits[split] = [(tokenizer.encode(part), len(part))]
         source = dict(name=name, url=None, sha256='', stand_in=False)
         write_dataset(str(folder / name), splits, tokenizer, source)
+    (folder / 'fineweb').mkdir()
+    for name, part in (('train_000001', text[:24000]), ('val_000000', text[24000:27000])):
+        write_shard(folder / f'fineweb/fineweb_{name}.bin', GPT2Tokenizer().encode(part))
     return characters
+
+
+def write_corpora(hub, monkeypatch):
+    """Write shards and stories where huggingface_hub's cache has what it downloads."""
+    for name, corpus in list(corpora.CORPORA.items()):
+        here = replace(corpus, revision=COMMIT, sha256={})
+        monkeypatch.setitem(corpora.CORPORA, name, here)
+        folder = hub / f'datasets--{corpus.repo.replace("/", "--")}/snapshots/{COMMIT}'
+        folder.mkdir(parents=True)
+        for number in range(1, corpus.shards + 1):
+            write_shard(folder / corpus.train.format(number), range(40))
+        if corpus.shards:
+            write_shard(folder / corpus.val, range(40))
+        else:
+            for file in (corpus.train, corpus.val):
+                (folder / file).write_text(9 * 'Once there was a cat.\n<|endoftext|>\n')
+
+
+def write_benchmarks(folder, monkeypatch):
+    """Write a small file of each benchmark where evaluate.py keeps the published one."""
+    items = dict(hellaswag=dict(ctx='A cat', endings=['sat.', 'ran.', 'ate.', 'was.'], label=1),
+                 lambada=dict(text='A cat sat on the mat'))
+    for task, known in list(tasks.TASKS.items()):
+        body = 3 * (json.dumps(items[task]) + '\n')
+        path = folder / task / known.url.rpartition('/')[2]
+        path.parent.mkdir()
+        path.write_text(body)
+        here = replace(known, sha256=hashlib.sha256(body.encode()).hexdigest())
+        monkeypatch.setitem(tasks.TASKS, task, here)
 
 
 def write_gpt2s(home):
@@ -229,6 +266,7 @@ def home(tmp_path_factory):
         subprocess.run(command, cwd=home, check=True, timeout=120)
     shutil.copytree(home / 'out', home / 'out-mine')
     shutil.copytree(home / 'out', home / 'out-shakespeare')
+    shutil.copytree(home / 'out', home / 'out-tinystories')
     shutil.copytree(home / 'gpt2-folder', home / 'exported')
     return home
 
@@ -256,6 +294,7 @@ BUDGET = {   # the flags that keep a script's commands short
     'export_web.py': [],
     'prepare_shakespeare.py': ['--input=book.txt'],
     'prepare_text.py': [],
+    'prepare_corpus.py': [],
     'prepare_enwik8.py': ['--data_dir=more', '--input=enwik8_head.gz', '--partial'],
     'ablate.py': ['--device=cpu', '--seeds=1', '--variants=1 head',
                   '--flags=--n_layer=1 --n_embd=8 --max_iters=2 --eval_iters=1'],
@@ -263,9 +302,11 @@ BUDGET = {   # the flags that keep a script's commands short
     'first_principles.py': ['--max_iters=2', '--max_new_tokens=20'],
 }
 QUIET = ('train.py', 'prepare_shakespeare.py', 'prepare_text.py', 'prepare_enwik8.py',
-         'export_hf.py', 'export_web.py', 'bench.py')   # scripts that may print no result
+         'export_hf.py', 'export_web.py', 'prepare_corpus.py',
+         'bench.py')   # scripts that may print no result
 TINY = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=64']
-FOR_A_GPU = ('config/train_enwik8_gpt2.py', 'config/train_gpt2.py')   # configs of a large model
+FOR_A_GPU = ('config/train_enwik8_gpt2.py', 'config/train_gpt2.py',   # configs of a large model
+             'config/speedrun_fineweb.py')
 
 
 def within_budget(command):
@@ -317,6 +358,10 @@ def test_command(place, script, line, recwarn, monkeypatch):
         monkeypatch.setenv(name, value)
     if '--report' in flags:
         shutil.copytree(ROOT / 'results/ablations', place / 'results/ablations')
+    if command.script == 'prepare_corpus.py':
+        write_corpora(place / 'hub', monkeypatch)
+    if any(flag.startswith('--task=') for flag in flags):
+        write_benchmarks(place / 'data', monkeypatch)
     result = script(command.script, *flags, stdin=command.stdin)
     if '--device=cuda' in flags and not torch.cuda.is_available():
         assert result.code == 2 and 'it has' in result.err   # the error says what there is
