@@ -28,7 +28,7 @@ from lib.tokenizers import bpe_merges
 
 # from the smallest page to the largest: bytes for each number of a matrix
 NUMBER_BYTES = dict(int8=1, float16=2, float32=4)
-TOKENIZERS = ('char', 'byte', 'gpt2')   # those that web_tokenizer.js knows
+TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')   # those that web_tokenizer.js knows
 ALIGNED = 4   # a tensor begins at a multiple of this many bytes
 
 
@@ -129,10 +129,10 @@ def pack(model, dtype):
 def packed_tokenizer(tokenizer):
     """Return a tokenizer as plain data, from which the page makes it again.
 
-    GPT-2's is the two tokens of each merge, as uint16 in base64: 267 kB instead of 1.3 MB of
-    tokenizer.json."""
+    A BPE is the two tokens of each merge, as uint16 in base64: for GPT-2's 267 kB instead of 1.3 MB
+    of tokenizer.json."""
     state = tokenizer.state() | dict(opening=tokenizer.opening, end=tokenizer.end)
-    if state['kind'] == 'gpt2':
+    if state['kind'] in ('bpe', 'gpt2'):
         letters, merges = bpe_merges(tokenizer)
         state['bytes'] = letters
         state['merges'] = base64.b64encode(np.array(merges, dtype='<u2').tobytes()).decode()

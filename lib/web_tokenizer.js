@@ -1,6 +1,6 @@
 'use strict';
 /*
-Text to token ids and back, as in lib/tokenizers.py: characters, bytes of UTF-8, GPT-2's BPE.
+Text to token ids and back, as in lib/tokenizers.py: characters, bytes of UTF-8, and BPE, GPT-2's or a trained one.
 
 A tokenizer has encode(text) -> ids, and bytes(id) -> the token's bytes. Decoding joins the bytes of
 several tokens before it makes characters of them, because a character can be cut in two by tokens.
@@ -8,7 +8,7 @@ several tokens before it makes characters of them, because a character can be cu
 
 // state: what lib/web.py packed
 function makeTokenizer(state) {
-  const kinds = { char: charTokenizer, byte: byteTokenizer, gpt2: bpeTokenizer };
+  const kinds = { char: charTokenizer, byte: byteTokenizer, bpe: bpeTokenizer, gpt2: bpeTokenizer };
   return kinds[state.kind](state);
 }
 
