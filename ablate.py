@@ -9,8 +9,9 @@ Studies of what one choice is worth, all else equal, over several seeds.
 
 Starts train.py once for each variant and seed. Reads data/<dataset>/; writes NAME.json (every run),
 NAME.md and NAME.png into the folder of results. An interrupted study continues with the same
-command.
+command. The study residual also measures gradients, and writes residual-gradients.png.
 """
+import ast
 import glob
 import hashlib
 import json
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import lib.early  # noqa: F401  # before NumPy and torch
 
@@ -37,10 +38,12 @@ from scipy import stats
 from lib import plots
 from lib.configurator import check, configure, ending_signals
 from lib.console import fail, say, write
-from lib.data import Dataset, how_to_make, open_dataset
+from lib.data import Dataset, TrainingWindows, how_to_make, open_dataset
+from lib.optimizers import Optimizers, Schedule
 from lib.run_folder import read_log
 from lib.runtime import clock, find_device, lock
 from lib.tokenizers import token_sizes
+from model import GPT, GPTConfig
 
 study = ''            # name of the study; may be typed first, without --study=
 variants = ''         # some of its variants, with commas between them; empty: all
@@ -302,13 +305,13 @@ def results_to_report():
 
 def results_to_continue():
     """Return the results with the runs that exist; fail where those were of other flags or data."""
-    runs = []
+    there = dict(runs=[])
     if os.path.exists(file):
-        runs = read_results(file)['runs']
-    for run in runs:
+        there = read_results(file)
+    for run in there['runs']:
         check_unchanged(run)
     return dict(study=study, baseline=plan.baseline, full=full, setting=plan.setting,
-                variants=plan.changes, runs=runs)
+                variants=plan.changes, runs=there['runs'], gradients=there.get('gradients', []))
 
 
 def check_unchanged(run):
@@ -337,13 +340,18 @@ def trained_elsewhere():
 
 
 def save_results():
-    """Write the results as JSON, with a line for each run in the order of the variants."""
+    """Write the results as JSON, with a line for each run in the order of the variants.
+
+    Gradients, if the study measures them, are also a line each."""
     order = list(found['variants'])
     runs = sorted(found['runs'], key=lambda run: (order.index(run['variant']), run['seed']))
-    rest = {key: value for key, value in found.items() if key != 'runs'}
-    rest = json.dumps(rest, indent=1, ensure_ascii=False).removesuffix('\n}')
-    lines = ',\n'.join('  ' + json.dumps(run, ensure_ascii=False) for run in runs)
-    write_file(file, f'{rest},\n "runs": [\n{lines}\n ]\n}}\n')
+    rest = {key: value for key, value in found.items() if key not in ('runs', 'gradients')}
+    text = json.dumps(rest, indent=1, ensure_ascii=False).removesuffix('\n}')
+    for key, entries in (('runs', runs), ('gradients', found['gradients'])):
+        if entries or key == 'runs':
+            lines = ',\n'.join('  ' + json.dumps(entry, ensure_ascii=False) for entry in entries)
+            text += f',\n "{key}": [\n{lines}\n ]'
+    write_file(file, text + '\n}\n')
 
 
 def write_file(path, content):
@@ -565,6 +573,63 @@ def outcome(run):
     return f'failed: {run["error"]}'
 
 
+# ---- run: the gradients of the study residual ----------------------------------------------------
+
+GRADIENT_STEPS = (0, 20, 100)   # optimizer steps after which gradients are measured
+
+
+def measure_gradients():
+    """Measure the gradients of the chosen variants that have none yet, and save the results."""
+    there = {entry['variant'] for entry in found['gradients']}
+    for variant in plan.chosen:
+        if variant not in there:
+            found['gradients'] += gradients_through_depth(variant, seed=1)
+            save_results()
+            say(f'{variant}: gradients measured')
+
+
+def gradients_through_depth(variant, seed):
+    """Return what the gradient of each block's weights is on the way, as plain data.
+
+    The net is trained as train.py trains it, in fp32 and on the processor. The norm is that of all
+    weights of a block together, before clipping."""
+    flags = {key: as_value(text) for key, text in plan.flags_of(variant).items()}
+    data = datasets[flags['dataset']].data
+    shape = {field.name: flags[field.name] for field in fields(GPTConfig) if field.name in flags}
+    torch.manual_seed(seed)
+    net = GPT(GPTConfig(**shape, vocab_size=data.vocab_size))
+    rate = flags['learning_rate']
+    optimizers = Optimizers(net, 'adamw', (rate, 0.0), 0.1, (0.9, flags['beta2']))
+    schedule = Schedule(flags['max_iters'], 0, True, flags['warmup_iters'], None, 0.0, 0.0)
+    B = flags['batch_size']
+    windows = TrainingWindows(data, 'train', flags['block_size'], seed)
+    measured = []
+    for step in range(min(GRADIENT_STEPS[-1], flags['max_iters']) + 1):
+        _, loss = net(*windows.batch(step * B, B))
+        loss.backward()
+        if step in GRADIENT_STEPS:
+            measured.append(dict(variant=variant, seed=seed, step=step, loss=loss.item(),
+                                 norms=[gradient_norm(block) for block in net.transformer.h]))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizers.set_rates(schedule.share(step))
+        optimizers.all[0].step()
+        net.zero_grad()
+    return measured
+
+
+def as_value(text):
+    """Return a flag's text as the value that it stands for; other words stay text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def gradient_norm(module):
+    """Return the norm of the gradient of all parameters of a module."""
+    return math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters()))
+
+
 # ---- tabulate: means and intervals ---------------------------------------------------------------
 
 @dataclass
@@ -735,6 +800,27 @@ with its 95 % interval (Welch's t); "none seen" means that the interval contains
 {lines}
 
 ![loss curves and last losses]({os.path.basename(stem)}.png)
+{gradients_section()}'''
+
+
+def gradients_section():
+    """Return the page's section on gradients through depth; nothing where none were measured."""
+    if not found.get('gradients'):
+        return ''
+    lines = ''
+    for entry in found['gradients']:
+        norms = ', '.join(f'{norm:.2g}' for norm in entry['norms'])
+        lines += f'| {entry["variant"]} | {entry["step"]} | {entry["loss"]:.3f} | {norms} |\n'
+    return f'''
+## Gradients through depth
+
+The norm of the gradient of each block's weights, before clipping, after some steps of training in
+fp32. Seed 1, the flags as above.
+
+| variant | step | training loss | blocks, from the first to the last |
+|---|---|---|---|
+{lines}
+![gradient norms by block]({os.path.basename(stem)}-gradients.png)
 '''
 
 
@@ -748,6 +834,8 @@ def draw(rows, unit):
                               half=half_interval(row.estimate), logs=logs))
     try:
         plots.study(drawn, f'{stem}.png', found['study'], unit)
+        if found.get('gradients'):
+            plots.gradients_by_depth(found['gradients'], f'{stem}-gradients.png')
     except ImportError:
         say(f'no {stem}.png: matplotlib is missing; type pip install -r requirements.txt, '
             f'and then the same with --report')
@@ -773,6 +861,8 @@ else:
     held = take_folders()   # a lock, as long as this process lives
     stop_on_signals()
     run_all()
+    if study == 'residual':
+        measure_gradients()
 measure, unit = choose_measure()
 rows = make_rows(measure)
 text = page(rows, unit)

@@ -345,6 +345,29 @@ def study(rows, path, title, unit):
         figure.tight_layout()
 
 
+def gradients_by_depth(entries, path):
+    """Draw the norm of the gradient by block, a panel for each step.
+
+    entries: dicts with variant, step, and norms of the blocks' gradients from the first block."""
+    steps = sorted({entry['step'] for entry in entries})
+    variants = list(dict.fromkeys(entry['variant'] for entry in entries))
+    size = (4 * len(steps), 4)   # inches
+    with picture(path, 1, len(steps), figsize=size, sharey=True) as (figure, (panels,)):
+        for axes, step in zip(panels, steps):
+            for entry in entries:
+                if entry['step'] == step:
+                    norms = [norm or math.nan for norm in entry['norms']]   # log 0 has no place
+                    axes.plot(range(len(norms)), norms, marker='o', ms=3,
+                              color=f'C{variants.index(entry["variant"]) % 10}',
+                              label=entry['variant'])
+            axes.set(yscale='log', xlabel='block', title=f'after {step} steps')
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("norm of the gradient of the block's weights")
+        panels[0].yaxis.set_major_formatter('{x:.0e}')
+        panels[0].legend(fontsize=8)
+        figure.tight_layout()
+
+
 def losses_by_tokens(logs):
     """Return {tokens trained on: validation losses of the seeds} for the evaluations on the way.
 

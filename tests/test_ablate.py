@@ -15,7 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import KILL, PYTHON, ROOT
+
+from lib.data import TrainingWindows, open_dataset
+from model import GPT, GPTConfig
 
 # Flags of train.py for a run of less than a second.
 TINY = (
@@ -206,6 +210,33 @@ def test_counted_baselines(mini, script):
     assert script('ablate.py', 'norm', *FLAGS, '--variants=pre', '--seeds=1').code == 0
     assert 'dtype' in runs_of('norm')[0]
     assert losses_of(runs_of('norm'))['pre', 1] != found['uniform', 1]
+
+
+def test_gradients_through_depth(mini, script):
+    """The study residual measures each block's gradient; the first ones are those of model.py."""
+    command = ['residual', *FLAGS, '--variants=2 layers without', '--seeds=1']
+    result = script('ablate.py', *command)
+    assert result.code == 0, result.err
+    path = Path('results/ablations/residual.json')
+    entry, = json.loads(path.read_text())['gradients']   # TINY has fewer than 20 steps
+    assert entry['variant'] == '2 layers without' and entry['step'] == 0
+    assert Path('results/ablations/residual-gradients.png').exists()
+
+    data = open_dataset('mini', 'data')
+    x, y = TrainingWindows(data, 'train', 16, seed=1).batch(0, 4)
+    torch.manual_seed(1)
+    net = GPT(GPTConfig(block_size=16, vocab_size=data.vocab_size, n_layer=2, n_head=4, n_embd=16,
+                        residual=False))
+    net(x, y)[1].backward()
+    for block, norm in zip(net.transformer.h, entry['norms'], strict=True):
+        gradient = torch.cat([p.grad.flatten() for p in block.parameters()])
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+    # A second call measures nothing again, and the page stays as it was.
+    page = Path('results/ablations/residual.md').read_bytes()
+    again = script('ablate.py', *command)
+    assert 'gradients measured' not in again.err
+    assert Path('results/ablations/residual.md').read_bytes() == page
 
 
 def test_a_diverged_run_is_shown_and_not_repeated(mini, script):
