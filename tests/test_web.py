@@ -15,7 +15,7 @@ from scipy import stats
 
 from lib import checkpoint, inside, web
 from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
-from model import GPT, GPTConfig, chances, probabilities
+from model import GPT, GPTConfig, Sampling, chances, probabilities
 
 CHARS = ''.join(map(chr, range(32, 127))) + '\nüß€😀'
 TINY = dict(block_size=16, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)
@@ -172,7 +172,9 @@ def test_draws(opened):
     settings = dict(temperature=0.7, top_k=9, top_p=0.9)
     idx = torch.tensor([ids])
     with torch.no_grad():
-        exact = probabilities(model(idx)[0][:, -1], idx, **settings)[0].double()
+        logits = model(idx)[0][:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, idx, True)
+        exact = probabilities(logits, seen, Sampling(**settings))[0].double()
     exact /= exact.sum()
     count = 2000
     drawn = page(DRAWS, dict(ids=ids, count=count, settings=settings))
@@ -181,7 +183,8 @@ def test_draws(opened):
     observed = [drawn.count(i) for i in kept]
     assert stats.chisquare(observed, [count * exact[i].item() for i in kept]).pvalue > 0.001
     for seed in (1337, 2**32 + 5):
-        stream = model.stream(idx, 40, 0.8, 20, 0.95, chance=chances([seed], 40))
+        sampling = Sampling(temperature=0.8, top_k=20, top_p=0.95)
+        stream = model.stream(idx, 40, sampling, chances([seed], 40))
         settings = dict(temperature=0.8, top_k=20, top_p=0.95, seed=seed)
         found = page('gpt.generate(x.ids, 40, x.settings)', dict(ids=ids, settings=settings))
         assert found == [int(new) for new in stream]
@@ -302,7 +305,9 @@ def test_writing(opened):
     written = tokenizer.encode(value()).tolist()
     idx = torch.tensor([written[:2]])
     count = len(written) - 2
-    expected = [int(new) for new in model.stream(idx, count, 0.5, 40, chance=chances([7], count))]
+    sampling = Sampling(temperature=0.5, top_k=40)
+    stream = model.stream(idx, count, sampling, chances([7], count))
+    expected = [int(new) for new in stream]
     assert written[2:] == expected and 'sees the last 16' in page.page.inner_text('#note')
     assert page.page.locator('#text span').count() == 16
     page.page.fill('#top_p', '3')
