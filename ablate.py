@@ -39,7 +39,8 @@ from lib import plots
 from lib.configurator import check, configure, ending_signals
 from lib.console import fail, say, write
 from lib.data import Dataset, TrainingWindows, how_to_make, open_dataset
-from lib.optimizers import Optimizers, Schedule
+from lib.fast import TrainingLoss
+from lib.optimizers import Optimizers, Schedule, TrainingStep
 from lib.run_folder import read_log
 from lib.runtime import clock, find_device, lock
 from lib.tokenizers import token_sizes
@@ -604,16 +605,21 @@ def gradients_through_depth(variant, seed):
     B = flags['batch_size']
     windows = TrainingWindows(data, 'train', flags['block_size'], seed)
     measured = []
+    norms = []   # this step's norms, one a block
+
+    def note(part):
+        """Note the norms when the backward pass has ended, before they are clipped."""
+        if part == 'backward':
+            norms[:] = [gradient_norm(block) for block in net.transformer.h]
+
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    train = TrainingStep(net, TrainingLoss(net), optimizers, scaler, 1.0, 'cpu', 'float32', note)
     for step in range(min(GRADIENT_STEPS[-1], flags['max_iters']) + 1):
-        _, loss = net(*windows.batch(step * B, B))
-        loss.backward()
+        optimizers.set_rates(schedule.share(step))
+        loss, _ = train([windows.batch(step * B, B)])
         if step in GRADIENT_STEPS:
             measured.append(dict(variant=variant, seed=seed, step=step, loss=loss.item(),
-                                 norms=[gradient_norm(block) for block in net.transformer.h]))
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizers.set_rates(schedule.share(step))
-        optimizers.all[0].step()
-        net.zero_grad()
+                                 norms=list(norms)))
     return measured
 
 

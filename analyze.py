@@ -464,7 +464,7 @@ class Analysis:
     twice: torch.Tensor      # the tokens for the roles, (1, 2 * length)
     scans: list              # what each head attends to: scan_heads'
     failures: Failures       # on the text
-    guesses: list            # of each layer, for each token of the text: guesses_of_layers'
+    guesses: list            # each layer's guesses for each token (guesses_of_layers)
     batch: Batch             # what all below is measured on
     worth: list              # what each head is worth: ablate_heads'
     by_position: list        # mean loss at each position, nats

@@ -14,7 +14,6 @@ import tempfile
 
 import lib.early  # noqa: F401  # before NumPy and torch
 
-from lib import checkpoint as checkpoints
 from lib import web
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, read_prompt, say
@@ -81,6 +80,10 @@ def check_tokenizer():
     if kind not in web.TOKENIZERS:
         fail(f"{opened.where}: the page has no tokenizer {kind}; allowed are "
              f"{', '.join(web.TOKENIZERS)}; type --checkpoint=FILE for a model with one of them")
+    symbols = opened.tokenizer.vocab_size
+    if kind == 'bpe' and symbols > web.MOST_SYMBOLS:
+        fail(f'{opened.where}: its BPE has {symbols:,} symbols; allowed in a page are '
+             f'{web.MOST_SYMBOLS:,}; type --checkpoint=FILE for a model with fewer')
 
 
 def choose_dtype():
@@ -140,17 +143,14 @@ def first_text():
 
 def known_facts():
     """Return what the page's line of facts says."""
-    facts = dict(title='A GPT to look into', parameters=parameters, dataset=opened.dataset,
-                 tokenizer=opened.tokenizer.state()['kind'], steps=None, val_loss=None,
-                 start=beginning)
-    if init_from == 'resume':
-        loaded = checkpoints.load(opened.source)
-        facts |= web.run_facts(loaded)
-    else:
-        facts['title'] = f'{os.path.basename(os.path.abspath(init_from))}, to look into'
-    if facts['dataset']:
-        facts['title'] = f"A GPT that learned from {facts['dataset']}"
-    return facts
+    title = 'A GPT to look into'
+    if init_from != 'resume':
+        title = f'{os.path.basename(os.path.abspath(init_from))}, to look into'
+    if opened.dataset:
+        title = f'A GPT that learned from {opened.dataset}'
+    return dict(title=title, parameters=parameters, dataset=opened.dataset,
+                tokenizer=opened.tokenizer.state()['kind'], steps=opened.steps,
+                val_loss=opened.val_loss, start=beginning)
 
 
 def write_page(page):

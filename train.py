@@ -462,15 +462,8 @@ def say_what_is_about_to_happen():
             f'rate')
 
 
-say_what_is_about_to_happen()
-if eval_only:
-    signals.release()   # there is nothing to save
-    val_loss = evaluate(None)
-    say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
-    runtime.leave(0)
-
-log = run_folder.RunLog(out_dir)
-if rank == 0:
+def begin_log():
+    """Begin the run's log, and set aside what belongs to an earlier run or another text."""
     facts = dict(device=device, dtype=dtype, compile=compile, ranks=ranks, parameters=parameters)
     log.begin(now.step if init_from == 'resume' else None, knobs, facts)
     runtime.started_before(mark=True)
@@ -480,6 +473,18 @@ if rank == 0:
         earlier = run_folder.set_best_aside(out_dir)
         if earlier:
             say(f'note: the best.pt of that text is now {earlier}')
+
+
+say_what_is_about_to_happen()
+if eval_only:
+    signals.release()   # there is nothing to save
+    val_loss = evaluate(None)
+    say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
+    runtime.leave(0)
+
+log = run_folder.RunLog(out_dir)
+if rank == 0:
+    begin_log()
 
 # ---- the loop ------------------------------------------------------------------------------------
 model.train()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from lib.console import fail
 
-CHUNK = 1_000_000   # bytes in an MB, as disks are sold
+MB = 1_000_000   # bytes, as disks are sold
 
 
 @dataclass
@@ -187,8 +187,8 @@ def check_rooms(rooms):
         needed[disk] = needed.get(disk, 0) + room.bytes
         free = shutil.disk_usage(there).free
         if room.bytes and needed[disk] > free:
-            fail(f'{room.folder}: {needed[disk] / CHUNK:,.0f} MB are needed, and its disk has '
-                 f'{free / CHUNK:,.0f} MB free; make room, or type {room.elsewhere} for another '
+            fail(f'{room.folder}: {needed[disk] / MB:,.0f} MB are needed, and its disk has '
+                 f'{free / MB:,.0f} MB free; make room, or type {room.elsewhere} for another '
                  f'place')
 
 

@@ -23,10 +23,16 @@ from model import Block, fused_attention
 
 # ---- narrow weights ------------------------------------------------------------------------------
 
-class NarrowLinear(nn.Module):
-    """A finished linear layer with its weights in dtype or in int8.
+def quantized(weight):
+    """Return a matrix (out, in) as int8 (out, in) and a scale for each row (out,).
 
-    In int8 a row of W is integers times the row's scale, max |row| / 127."""
+    A row is integers times the row's scale, max |row| / 127."""
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)             # (out,)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class NarrowLinear(nn.Module):
+    """A finished linear layer with its weights in dtype or in int8 (see quantized)."""
 
     def __init__(self, linear, dtype, int8):
         super().__init__()
@@ -36,8 +42,7 @@ class NarrowLinear(nn.Module):
         if int8:
             if dtype == torch.float16:   # sums of numbers up to 127 overflow fp16
                 self.dtype = torch.float32
-            self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)    # (out,)
-            weight = (weight / self.scale[:, None]).round().to(torch.int8)
+            weight, self.scale = quantized(weight)                        # (out, in), (out,)
         else:
             weight = weight.to(dtype)
         self.weight = weight

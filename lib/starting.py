@@ -5,10 +5,13 @@ What a script starts from: a checkpoint of this project or of nanoGPT, or a GPT-
 """
 import contextlib
 import glob
+import math
 import os
 import shlex
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+
+import torch
 
 from lib import runtime
 from lib.checkpoint import Damaged, build_model, find, load, load_last, read
@@ -38,6 +41,8 @@ class Opened:
     where: str          # the source in words, with a checkpoint's step
     dataset: str        # the dataset it was trained on; '' where that is not known
     data_dirs: list     # the folders that may hold its dataset, in the order to look
+    steps: int | None = None         # optimizer steps that a checkpoint's run had made
+    val_loss: float | None = None    # the checkpoint's validation loss, nats per token
 
 
 def open_model(init_from, out_dir, checkpoint, data_dir, given):
@@ -61,7 +66,24 @@ def open_model(init_from, out_dir, checkpoint, data_dir, given):
     data_dirs = data_dirs_of(knobs, path, data_dir, given)
     tokenizer = find_tokenizer(loaded, path, model, data_dirs)
     where = f'{path}: iter {loaded.get("iter_num")}'
-    return Opened(model, tokenizer, path, where, str(knobs.get('dataset', '')), data_dirs)
+    return Opened(model, tokenizer, path, where, str(knobs.get('dataset', '')), data_dirs,
+                  _steps_of(loaded), _val_loss_of(loaded))
+
+
+def _steps_of(loaded):
+    """Return a checkpoint's number of steps, None where it holds something else."""
+    steps = loaded.get('iter_num')
+    return steps if type(steps) is int else None
+
+
+def _val_loss_of(loaded):
+    """Return a checkpoint's validation loss, None where there is none that is a finite number."""
+    val_loss = loaded.get('val_loss')
+    if val_loss is None:
+        val_loss = loaded.get('best_val_loss')
+    is_number = isinstance(val_loss, (int, float))
+    is_number = is_number or isinstance(val_loss, torch.Tensor) and val_loss.numel() == 1
+    return float(val_loss) if is_number and math.isfinite(val_loss) else None
 
 
 def _trained_instead(loaded, path, out_dir):

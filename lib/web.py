@@ -23,12 +23,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.decoding import quantized
 from lib.pages import as_json, fill
 from lib.tokenizers import bpe_merges
 
 # from the smallest page to the largest: bytes for each number of a matrix
 NUMBER_BYTES = dict(int8=1, float16=2, float32=4)
-TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')   # those that web_tokenizer.js knows
+TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')   # kinds that web_tokenizer.js knows
+MOST_SYMBOLS = 1 << 16   # symbols of a BPE; its merges are written as uint16
 ALIGNED = 4   # a tensor begins at a multiple of this many bytes
 
 
@@ -43,14 +45,6 @@ def named_weights(model):
         if name != 'lm_head.weight' or not model.config.tie_weights:
             weights[name.removeprefix('transformer.')] = p.detach().float().cpu()
     return weights
-
-
-def quantized(matrix):
-    """Return a matrix (out, in) as int8 (out, in) and a scale for each row (out,).
-
-    A row is integers times the row's scale, max |row| / 127."""
-    scale = (matrix.abs().amax(dim=1) / 127).clamp(min=1e-30)                      # (out,)
-    return (matrix / scale[:, None]).round().to(torch.int8), scale
 
 
 def rounded(p, dtype):
@@ -145,18 +139,6 @@ def config_of(model):
     names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'pos', 'norm', 'residual',
              'qk_norm', 'activation')
     return {name: getattr(c, name) for name in names} | dict(drawable=model.drawable)
-
-
-def run_facts(loaded):
-    """Return what a checkpoint says about its run: its steps, and its validation loss in nats."""
-    val_loss = loaded.get('val_loss')
-    if val_loss is None:
-        val_loss = loaded.get('best_val_loss')
-    if not isinstance(val_loss, (int, float, torch.Tensor)) or not math.isfinite(val_loss):
-        val_loss = None   # not evaluated, or whatever a checkpoint can hold
-    steps = loaded.get('iter_num')
-    return dict(val_loss=None if val_loss is None else float(val_loss),
-                steps=steps if type(steps) is int else None)
 
 
 def written_text(model, tokenizer):

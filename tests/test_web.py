@@ -14,7 +14,7 @@ from conftest import shared
 from scipy import stats
 
 from lib import checkpoint, inside, web
-from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, train_bpe
 from model import GPT, GPTConfig, Sampling, chances, probabilities
 
 CHARS = ''.join(map(chr, range(32, 127))) + '\nüß€😀'
@@ -214,6 +214,17 @@ def test_gpt2_bpe(opened, gpt2_files):
         assert ids == tokenizer.encode(text).tolist(), text
     assert page('Promise.all(x.map(ids => gpt.decode(ids)))', found) == texts
     assert page.page.evaluate('WORDS.flags') == 'gu'
+
+
+def test_a_trained_bpe(opened):
+    """encode equals the tokenizer's, decode returns the text."""
+    tokenizer = train_bpe(['low lower lowest, new newer newest é é é 中中 ' * 20], 270)
+    page = opened(tiny(vocab_size=270), tokenizer)
+    texts = ['low lowest newer', 'aé😀 中文', 'a<|endoftext|>b', '']
+    found = page('Promise.all(x.map(text => gpt.encode(text)))', texts)
+    for text, ids in zip(texts, found):
+        assert ids == tokenizer.encode(text).tolist(), text
+    assert page('Promise.all(x.map(ids => gpt.decode(ids)))', found) == texts
 
 
 def test_bytes(opened):

@@ -39,7 +39,7 @@ ROUNDS = 3   # the page and torch take turns; the median counts
 class Net:
     """A net to measure."""
     name: str
-    path: str       # its checkpoint
+    path: str       # the net's checkpoint
     dtype: str
     tokens: int     # to write within the context, at a time
     beyond: int     # to write beyond the context, where each is slow
