@@ -7,7 +7,8 @@ A script assigns its knobs at module level, a comment beside each, and then call
     python train.py config/train_shakespeare_char.py --batch_size=32 --dtype float32 --eval_only
 
 Config files are Python run with the knobs as their globals. Flags are `--key=value`, `--key value`,
-or `--key` for True. They apply from left to right, so the last one wins. `--help` lists the knobs.
+or `--key` for True. They apply from left to right, so the last one wins. A config file sees the
+flags behind it as well. `--help` lists the knobs.
 """
 import ast
 import difflib
@@ -53,8 +54,9 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     """Apply config files and flags to a script's globals, in place.
 
     Return ({name: value} of all knobs, the names typed or assigned by a config).
-    resolve_device('auto') -> 'cpu' or the like. Config files may branch on `device`, so they see
-    the resolved one, of a --device anywhere on the command line.
+    Config files may compute from knobs and branch on them, so they see the flags that come after
+    them, too. Those flags then override what the config assigned.
+    resolve_device('auto') -> 'cpu' or the like. Config files see the resolved device.
     first: the knob that one bare word, without --, stands for.
     configs: whether words that end in .py are config files."""
     open_console()
@@ -70,17 +72,17 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
         chosen = [text for key, text in words if key == 'device']
         knobs['device'] = resolve_device(chosen[-1] if chosen else knobs['device'])
     given = set()
-    for key, text in words:
+    for position, (key, text) in enumerate(words):
         if key is None:
             typed = {name: knobs[name] for name in given}
-            given |= _run_config(text, knobs, names)
+            given |= _run_config(text, knobs, names, _values(words[position + 1:], names))
             for name, value in typed.items():
                 if knobs[name] != value:
                     say(f'note: {text} comes after --{name}={value} and sets it to '
                         f'{knobs[name]!r}: the last one wins')
         else:
             given.add(key)
-            knobs[key] = checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
+            knobs[key] = _value(key, text, names)
     if resolve_device:
         knobs['device'] = resolve_device(knobs['device'])
     return {name: knobs[name] for name in names}, given
@@ -199,9 +201,12 @@ class _Scope(dict):
         super().__setitem__(name, value)
 
 
-def _run_config(path, knobs, names):
-    """Run a config file with the knobs as its globals; return the names of those it assigns."""
-    scope = _Scope({name: knobs[name] for name in names})
+def _run_config(path, knobs, names, later):
+    """Run a config file with the knobs as its globals; return the names of those it assigns.
+
+    later: {knob: value} of the flags behind the file, which it sees instead of the knobs' values."""
+    seen = {name: knobs[name] for name in names} | later
+    scope = _Scope(seen)
     scope.update(__name__='__config__', __file__=path)
     try:
         with open(path, encoding='utf-8-sig') as f:   # editors on Windows begin a file with a mark
@@ -218,8 +223,9 @@ def _run_config(path, knobs, names):
         fail(f'{path}, line {line}: {type(error).__name__}: {what}; '
              f'a config file is Python that assigns knobs')
     for key, value in scope.items():
-        value = _plain(value)
-        if key in names:
+        changed = key in scope.assigned or value is not seen.get(key)
+        if key in names and changed:
+            value = _plain(value)
             knobs[key] = checked(key, value, names[key], f'{path}: {key}={_shown(value)}')
     for key in _assigned(tree):
         own = key.startswith('_') or not isinstance(_plain(scope.get(key)), PLAIN)
@@ -268,6 +274,16 @@ def _plain(value):
     if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):
         return value.item()
     return value
+
+
+def _values(words, names):
+    """Return {knob: value} of the flags among words, but for the device, which is resolved."""
+    return {key: _value(key, text, names) for key, text in words if key not in (None, 'device')}
+
+
+def _value(key, text, names):
+    """Return the value of the flag --key=text; fail for one of a wrong type."""
+    return checked(key, _parse(text, names[key]), names[key], f'--{key}={text}')
 
 
 def _parse(text, default):

@@ -256,6 +256,22 @@ def test_a_config_sees_the_resolved_device(folder, argv, seen):
     assert (knobs['max_iters'] == 99) == (seen == 'cpu')
 
 
+def test_a_config_sees_flags_on_both_sides_of_it(folder, capsys):
+    path = config(folder, 'max_iters = max_iters or 10\nout_dir = f"out-{name}-{max_iters}"')
+    before = overridden('--name=mine', '--max_iters=3', path)
+    behind = overridden(path, '--max_iters=3', '--name', 'mine')
+    assert before == behind
+    assert (behind['out_dir'], behind['max_iters']) == ('out-mine-3', 3)
+    knobs = overridden('--max_iters=4', path, '--max_iters=0')   # the last one wins
+    assert (knobs['out_dir'], knobs['max_iters']) == ('out-x-10', 0)
+    assert overridden(path, '--name=a', '--name=b')['out_dir'] == 'out-b-10'
+    assert 'note: c.py comes after --max_iters=4 and sets it to 10' in capsys.readouterr().err
+    config(folder, 'pass', 'other.py')
+    assert overridden(path, 'other.py', '--name=c')['out_dir'] == 'out-c-10'
+    assert overridden('--name=a', 'other.py', '--name=b')['name'] == 'b'
+    assert capsys.readouterr().err == ''   # other.py assigns nothing
+
+
 def test_the_names_given_are_returned(folder):
     path = config(folder, 'max_iters = 10\nif flag:\n    name = "y"')
     _, given = configure(dict(KNOBS), None, [path, '--top_k=2'])
