@@ -204,7 +204,7 @@ class _Scope(dict):
 def _run_config(path, knobs, names, later):
     """Run a config file with the knobs as its globals; return the names of those it assigns.
 
-    later: {knob: value} of the flags behind the file, which it sees instead of the knobs' values."""
+    later: {knob: value} of the flags behind the file, which sees them instead of the knobs."""
     seen = {name: knobs[name] for name in names} | later
     scope = _Scope(seen)
     scope.update(__name__='__config__', __file__=path)

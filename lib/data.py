@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shlex
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -191,6 +192,44 @@ def how_to_make(name, tokenizer=None, data_dir='data'):
     if data_dir != 'data':
         command += f' --data_dir={shlex.quote(data_dir)}'
     return command
+
+
+# ---- how much there is ---------------------------------------------------------------------------
+
+@dataclass
+class Extent:
+    """How much there is to train on, by the sizes of the files and by meta.json."""
+    tokens: int = 0    # in the training split
+    longest: int = 0   # in its longest file: a window must be shorter
+    letters: int = 0   # characters of the text; bytes, where a token is several of them
+    symbols: int = 0   # of the vocabulary
+
+
+def extent_of(name, data_dir='data'):
+    """Return the Extent of a dataset, of zeros where there is none.
+
+    Nothing is verified: a config that chooses by the Extent runs before the dataset is opened. What
+    a damaged meta.json leaves unknown is GPT-2's: two bytes a token, four letters a token."""
+    folder = os.path.join(data_dir, name)
+    sizes = [os.path.getsize(path) for path in shards_of(folder, 'train') if os.path.isfile(path)]
+    if not sizes:
+        return Extent()
+    kind, symbols, token_size, letters = 'gpt2', 50257, 2, None
+    if os.path.exists(os.path.join(folder, 'meta.pkl')):   # nanoGPT's characters
+        kind, symbols = 'char', 256
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        kind = meta['tokenizer']['kind']
+        symbols = int(meta['vocab_size'])
+        token_size = {'uint16': 2, 'uint32': 4}[meta['dtype']]
+        letters = int(meta['splits']['train']['bytes'])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    tokens = sum(sizes) // token_size
+    if kind in ('char', 'byte'):
+        letters = tokens
+    return Extent(tokens, max(sizes) // token_size, letters or 4 * tokens, symbols)
 
 
 # ---- an open dataset -----------------------------------------------------------------------------
