@@ -624,7 +624,7 @@ def split_text(split, separator, bar):
 
 
 def write_splits():
-    """Write both splits into the dataset's folder; return its meta.json."""
+    """Write both splits into the dataset's folder."""
     total_bytes = found.reading.bytes
     source = dict(name=STDIN if input == '-' else input, url=None,
                   sha256=found.reading.digest.hexdigest(), stand_in=False, files=len(paths),
@@ -638,7 +638,7 @@ def write_splits():
               disable=None) as bar:
         splits = {split: encode_all(vocabulary, pieces(split_text(split, separator, bar)))
                   for split in ('train', 'val')}
-        return write_prepared(folder, splits, vocabulary, source, shard_tokens, more)
+        write_prepared(folder, splits, vocabulary, source, shard_tokens, more)
 
 
 # ---- what to type next ---------------------------------------------------------------------------
@@ -648,18 +648,11 @@ def print_commands():
     dataset = f'--dataset={name}'
     if data_dir != 'data':
         dataset += f' --data_dir={shlex.quote(data_dir)}'
-    flags = dataset
-    longest = min(meta['splits']['train']['tokens'], shard_tokens)   # tokens of a training file
-    if longest <= 256:   # the config's block_size is 64 on a CPU and 256 on a GPU
-        block_size = min(64, longest - 1)
-        flags += f' --block_size={block_size}'
-        note(f'a context must be shorter than the {longest:,} tokens for training: '
-             f'the command below sets it to {counted(block_size, "token")}')
     tell(f"""now type
-    python train.py config/train_shakespeare_char.py {flags} --out_dir=out-{name} --max_minutes=5
+    python train.py config/train_text.py {dataset}
     python sample.py --out_dir=out-{name}
-The first command trains for at most five minutes. For a longer run, add --max_iters=20000 \
---max_minutes=30 to it.""")
+The first command trains for at most ten minutes, with a net for this text and this time. For a \
+larger net and a longer run, add --max_minutes=60 to it.""")
     out_dir = os.path.dirname(os.path.expanduser(tokenizer.removeprefix(FROM))) or os.curdir
     if tokenizer.startswith(FROM) and os.path.isfile(os.path.join(out_dir, 'last.pt')):
         tell(f'To go on with the model in {out_dir} instead, type python train.py '
@@ -684,5 +677,5 @@ chosen = choose()
 if vocabulary is None:
     vocabulary = new_vocabulary()
 separator = find_separator()
-meta = write_splits()
+write_splits()
 print_commands()
