@@ -33,8 +33,8 @@ PIECE = 1 << 19   # characters that are tokenized at a time
 def download(url, path, size, sha256, tries=4):
     """Fetch url to path; the file appears there only once its size and SHA-256 are right.
 
-    size: bytes. A try that broke off is resumed by the next one, even after an earlier process
-    ended. A failed call leaves nothing behind. Raises OSError with the reason."""
+    size: bytes. A try that broke off is resumed by the next one, also by that of a later process:
+    what came so far stays in path.part. Raises OSError with the reason."""
     part = path + '.part'
     reason = None
     for attempt in range(tries):
@@ -49,7 +49,7 @@ def download(url, path, size, sha256, tries=4):
             reason = _plain_reason(error)
             if isinstance(error, ValueError):   # the URL is malformed, and would be again
                 break
-    if os.path.exists(part):
+    if os.path.exists(part) and os.path.getsize(part) == 0:
         os.remove(part)
     raise OSError(f'{type(reason).__name__}: {str(reason)[:300]}')
 
