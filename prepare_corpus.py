@@ -5,6 +5,7 @@ A corpus from Hugging Face's hub to a dataset.
     python prepare_corpus.py --name=fineweb --shards=103          # all of it: 20.8 GB
     python prepare_corpus.py --name=fineweb_edu --shards=10
     python prepare_corpus.py --name=tinystories --tokenizer=byte  # 2.3 GB, and 4.5 of tokens
+    python prepare_corpus.py --name=tinystories --tokenizer=bpe --vocab_size=2048
 
 FineWeb (pages of the web) and FineWeb-Edu (the instructive ones among them) come as shards of 100
 million tokens in GPT-2's BPE, by the author of modded-nanogpt: one for validation, and --shards for
@@ -14,7 +15,8 @@ tokens of it, of any kind.
 
 The downloads are huggingface_hub's: HF_ENDPOINT names a mirror, HF_HOME another place for the
 cache, HF_TOKEN an access token, and HF_HUB_OFFLINE=1 takes what is in the cache. A file that is
-there is not fetched again, so an interrupted command goes on with the file that it was fetching.
+there is not fetched again. An interrupted command, typed again, goes on in the middle of the file
+that it was fetching.
 """
 import contextlib
 import json
@@ -31,10 +33,12 @@ from lib.console import fail, tell
 from lib.corpora import CORPORA, Room, fetch, sha256_of
 from lib.data import HEADER, check_header, find_dataset, headed_shards, how_to_make, plain_shards
 from lib.prepare import HOME, record
+from lib.tokenizers import check_vocab_size
 
 name = ''            # 'fineweb', 'fineweb_edu' or 'tinystories'; the dataset gets that name, too
 shards = 1           # training shards of fineweb and fineweb_edu, 100 million tokens each
-tokenizer = 'gpt2'   # tinystories: one that prepare_text.py takes, 'char', 'byte', 'gpt2', ...
+tokenizer = 'gpt2'   # tinystories: one that prepare_text.py takes, 'byte', 'bpe', 'gpt2', ...
+vocab_size = 1024    # symbols of 'bpe': 256 bytes, pairs that are merged, and <|endoftext|>
 data_dir = 'data'    # the dataset becomes a folder in here
 knobs, given = configure(globals(), first='name', configs=False)
 
@@ -52,6 +56,7 @@ def check_knobs():
                  f'allowed; type --tokenizer=gpt2')
     elif 'shards' in given:
         fail(f'--shards={shards}: {name} has no shards; type --name={name} without --shards')
+    check_vocab_size(vocab_size, tokenizer, 'vocab_size' in given)
     for split in ('train', 'val'):
         if corpus.shards and plain_shards(folder, split):
             fail(f'{folder} holds token files of another kind, and is not written to; move them '
@@ -64,8 +69,16 @@ def same_command():
     if shards != 1:
         command += f' --shards={shards}'
     if tokenizer != 'gpt2':
-        command += f' --tokenizer={shlex.quote(tokenizer)}'
+        command += f' {shlex.join(flags_of_tokenizer())}'
     return command
+
+
+def flags_of_tokenizer():
+    """Return the flags by which prepare_text.py makes the same tokenizer."""
+    flags = [f'--tokenizer={tokenizer}']
+    if tokenizer == 'bpe':
+        flags.append(f'--vocab_size={vocab_size}')
+    return flags
 
 
 def failed(reason):
@@ -73,7 +86,7 @@ def failed(reason):
     copies = f'copies of the files in {folder}'
     if not corpus.shards:
         copies = (f'a copy of the text: python prepare_text.py --input=FILE --val_input=FILE '
-                  f'--name={name} --tokenizer={tokenizer}')
+                  f'--name={name} {shlex.join(flags_of_tokenizer())}')
     fail(f'{name} could not be fetched from the hub ({reason}); files that are whole are kept: '
          f'type {same_command()} again to go on; allowed are also a mirror, '
          f'HF_ENDPOINT=URL before the command, and {copies}')
@@ -164,7 +177,8 @@ def source(revision):
 
 def prepare_text():
     """Let prepare_text.py make tokens of the two texts, and note where they are from."""
-    tokens_a_byte = 0.3 if tokenizer == 'gpt2' else 1   # the most that English text takes
+    # the most that English text takes
+    tokens_a_byte = dict(gpt2=0.3, bpe=0.6).get(tokenizer, 1)
     room = Room(folder, int(2 * tokens_a_byte * TEXT_BYTES), '--data_dir=FOLDER')
     try:
         fetched = fetch(corpus, corpus.revision, [corpus.train, corpus.val], [room])
@@ -172,7 +186,7 @@ def prepare_text():
         failed(error)
     command = ['prepare_text.py', f'--input={fetched[corpus.train].path}',
                f'--val_input={fetched[corpus.val].path}', f'--name={name}',
-               f'--tokenizer={tokenizer}', f'--data_dir={data_dir}']
+               *flags_of_tokenizer(), f'--data_dir={data_dir}']
     tell(f'running {shlex.join(command)}')
     command[0] = os.path.join(HOME, command[0])
     status = subprocess.run([sys.executable, *command]).returncode

@@ -2,8 +2,10 @@
 Corpora on Hugging Face's hub: which ones there are, and how their files are fetched and verified.
 
 The downloads are huggingface_hub's. Its cache, mirrors (HF_ENDPOINT), access tokens (HF_TOKEN) and
-offline mode (HF_HUB_OFFLINE) apply.
+offline mode (HF_HUB_OFFLINE) apply. It resumes a file within one process alone. Here a later
+process goes on, too: what came so far stays beside the cache's files as SHA256.part.
 """
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from lib.console import fail
 
 MB = 1_000_000   # bytes, as disks are sold
+PART = '.part'   # the end of a name in the cache, of a file that is not whole yet
 
 
 @dataclass
@@ -82,11 +85,13 @@ def fetch(corpus, revision, files, rooms=()):
         for file in absent:
             if file not in listed:
                 raise OSError(f'{corpus.repo} has no file {file} at revision {revision}')
-    here = Room(cache_folder(), sum(listed[file].size for file in absent),
-                'HF_HOME=FOLDER before the command')
+    missing = 0   # bytes to fetch
+    for file in absent:
+        missing += listed[file].size - size_of(blob_of(corpus, listed[file]) + PART)
+    here = Room(cache_folder(), max(0, missing), 'HF_HOME=FOLDER before the command')
     check_rooms([here, *rooms])
     for file in absent:
-        paths[file] = ask(download, corpus, revision, file)
+        paths[file] = ask(download, corpus, revision, file, listed[file])
     fetched = {}
     for file, path in paths.items():
         expected = corpus.sha256.get(file)
@@ -122,11 +127,42 @@ def listing(corpus, revision):
     return files
 
 
-def download(corpus, revision, file):
-    """Return the path of a file in the hub's cache, fetched if need be."""
-    from huggingface_hub import hf_hub_download
+def download(corpus, revision, file, remote):
+    """Return the path of a file in the hub's cache, fetched from where an earlier call ended.
+
+    The cache keeps a file under its SHA-256. hf_hub_download finds it there, and adds the links by
+    which others find it; it would begin with an empty file."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    blob = blob_of(corpus, remote)
+    part = blob + PART
+    os.makedirs(os.path.dirname(blob), exist_ok=True)
+    with WeakFileLock(part + '.lock'):   # another process waits, and finds the whole file
+        if not os.path.exists(blob):
+            if size_of(part) > remote.size:   # a server once sent more than the file
+                os.remove(part)
+            url = hf_hub_url(corpus.repo, file, repo_type='dataset', revision=revision)
+            with open(part, 'ab') as f:
+                http_get(url, f, resume_size=f.tell(), headers=build_hf_headers(),
+                         expected_size=remote.size, displayed_filename=file)
+            os.replace(part, blob)
+    with contextlib.suppress(OSError):   # another process removed it
+        os.remove(part + '.lock')
     return hf_hub_download(corpus.repo, file, repo_type='dataset', revision=revision,
                            cache_dir=cache_folder())
+
+
+def blob_of(corpus, remote):
+    """Return the path at which the hub's cache keeps the bytes of a file."""
+    from huggingface_hub.file_download import repo_folder_name
+    folder = repo_folder_name(repo_id=corpus.repo, repo_type='dataset')
+    return os.path.join(cache_folder(), folder, 'blobs', remote.sha256)
+
+
+def size_of(path):
+    """Return the bytes in a file, 0 where there is none."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def ask(question, *args):

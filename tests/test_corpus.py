@@ -233,6 +233,33 @@ def test_a_file_that_breaks_off_is_resumed(hub, prepare, gpt2_files, monkeypatch
     assert ranges == [None, 'bytes=1100-', 'bytes=1100-']   # less than a chunk is fetched again
 
 
+def test_a_file_that_broke_off_is_resumed_by_a_later_call(hub, prepare, refused, gpt2_files,
+                                                           monkeypatch):
+    """The first call gives up after six tries, as where the network is gone."""
+    monkeypatch.setattr(hub_constants, 'DOWNLOAD_CHUNK_SIZE', 10)   # bytes instead of 10 MB
+    hub.cut = [1100] + [0] * 20
+    refused('prepare_corpus.py', 'fineweb', words=['again to go on'])
+    hub.cut = []
+    hub.asked.clear()
+    prepare('fineweb')
+    assert tokens('fineweb', 'val') == [list(range(60))]
+    ranges = [asked for method, path, asked in hub.asked if 'val' in path and method == 'GET']
+    assert ranges == ['bytes=1100-']
+    assert not list(Path('hub').rglob('*.part*'))
+
+
+def test_a_part_of_another_file_is_removed(hub, prepare, refused, gpt2_files):
+    name = 'fineweb_val_000000.bin'
+    blobs = Path('hub/datasets--kjj0--fineweb10B-gpt2/blobs')
+    blobs.mkdir(parents=True)
+    part = blobs / f'{digest(hub.files[name])}.part'
+    part.write_bytes(b'<html>log in</html>')
+    refused('prepare_corpus.py', 'fineweb', words=[name, 'another file than expected'])
+    part.write_bytes(bytes(5000))   # more than the file has
+    prepare('fineweb')
+    assert tokens('fineweb', 'val') == [list(range(60))]
+
+
 @pytest.mark.parametrize('answer', [
     (404, b''),
     (429, b'slow down'),
@@ -306,6 +333,23 @@ def test_stories_in_gpt2s_tokens(hub, prepare, gpt2_files):
     assert 50256 in tokens('tinystories', 'train')[0]   # between two stories
 
 
+def test_stories_in_tokens_learned_from_them(hub, prepare):
+    hub.files['TinyStoriesV2-GPT4-train.txt'] = b'Once upon a time upon a time\n<|endoftext|>\n'
+    corpus = corpora.CORPORA['tinystories']
+    corpus.sha256[corpus.train] = digest(hub.files[corpus.train])
+    said = prepare('tinystories', '--tokenizer=bpe', '--vocab_size=260')
+    assert '--vocab_size=260' in said   # the command that is run
+    assert Dataset('tinystories').vocab_size == 260
+
+
+def test_the_advice_after_a_failure_has_all_flags(hub, refused):
+    hub.answer = (404, b'')
+    flags = ['--tokenizer=bpe', '--vocab_size=260']
+    again = 'type python prepare_corpus.py --name=tinystories --tokenizer=bpe --vocab_size=260'
+    words = [again, '--name=tinystories --tokenizer=bpe --vocab_size=260']
+    refused('prepare_corpus.py', 'tinystories', *flags, words=words)
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flags, words', [
@@ -315,6 +359,9 @@ def test_stories_in_gpt2s_tokens(hub, prepare, gpt2_files):
     (['fineweb', '--shards=104'], ['shards=104', '1 to 103']),
     (['fineweb', '--tokenizer=char'], ['--tokenizer=gpt2']),
     (['tinystories', '--shards=2'], ['--shards']),
+    (['tinystories', '--vocab_size=512'], ['vocab_size=512', '--tokenizer=bpe']),
+    (['fineweb', '--vocab_size=512'], ['vocab_size=512', "tokenizer=gpt2"]),
+    (['tinystories', '--tokenizer=bpe', '--vocab_size=9'], ['vocab_size=9', '257']),
     (['tinystories', '--tokenizer=words'], ['words']),
 ])
 def test_mistakes(hub, refused, script, flags, words):
