@@ -632,7 +632,18 @@ def test_a_config_has_its_number_of_parameters_on_any_device(name, parameters, d
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_a_config_makes_its_own_dataset(name, device):
     knobs = knobs_after(name, device)
+    if name == 'train_text.py':   # the user's own text
+        assert knobs['prepare'] == '' and knobs['dataset'] == 'mine'
+        return
     assert prepare.dataset_made_by(knobs['prepare']) == knobs['dataset']
+
+
+def test_the_config_for_stories_on_a_processor_has_the_parameters_that_it_names():
+    knobs = knobs_after('train_tinystories.py', 'cpu')
+    fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
+    with torch.device('meta'):
+        net = GPT(GPTConfig(**fields | dict(vocab_size=2048)))
+    assert round(net.num_params() / 1e6, 1) == 4.2
 
 
 def test_the_config_for_stories_on_a_gpu_has_10_to_30_million_parameters():
