@@ -6,11 +6,11 @@
 #     python sample.py --out_dir=out-mine
 #
 # Three things limit a net:
-# - Its time. In the same minutes a larger net makes fewer steps. On two cores a net of 0.8M
-#   parameters is the best for a minute, one of 3.3M for ten.
-# - Its text. Read again and again, a short text is learned by heart, and the loss on other text
-#   rises. Dropout delays that, and a limit of passes ends the run before, even if minutes are left.
-# - Its context. A letter is easier to predict with more letters before it, but each costs time.
+# - Time: in the same minutes a larger net makes fewer steps. On two cores a net of 0.8M parameters
+#   suits a minute, and a net of 3.3M suits six (results/speed.md).
+# - Text: a short text that is read again and again is learned by heart, and the loss on other text
+#   rises. Dropout delays that. A limit of passes ends the run before, even if minutes are left.
+# - Context: a letter is easier to predict with more letters before it, but each of them costs time.
 
 from lib.data import DEFAULT, extent_of
 
@@ -22,12 +22,12 @@ gradient_accumulation_steps = 1
 _text = extent_of(dataset, data_dir)
 
 # ---- the table -----------------------------------------------------------------------------------
-# results/own_text/README.md has the study behind the rows. Its texts have 50 kB, 1 MB and 4 MB, and
-# its times are 1 and 10 minutes. The limits lie between them, at equal ratios. The first row that
-# is large enough counts. A text's length is in letters: characters, or bytes for bpe and gpt2.
+# A text's length is in letters: characters, or bytes where a token stands for several. The first
+# row that is large enough counts. The study in results/own_text has texts of 50 kB, 1 MB and 4 MB,
+# and runs of 1 and 10 minutes. The limits of the rows lie between these, at about equal ratios.
 #
-# The rows of 60 minutes were not measured. There a text of 1 MB is read some 13 times, and gets the
-# width and the dropout of nanoGPT's recipe for a GPU.
+# The rows of 60 minutes were not measured. In an hour a text of 1 MB is read some 13 times, and
+# gets the width and the dropout of nanoGPT's recipe for a GPU.
 _ANY = float('inf')
 _TABLE = (
     # letters  minutes  n_layer  n_embd  context  batch_size  dropout  passes
@@ -43,8 +43,8 @@ _TABLE = (
 _minutes = max_minutes if device == 'cpu' else _ANY
 _row = next(row for row in _TABLE if _text.letters <= row[0] and _minutes <= row[1])
 _, _, n_layer, n_embd, block_size, batch_size, dropout, _passes = _row
-if device != 'cpu':
-    batch_size = 4 * batch_size   # a GPU is idle with fewer
+if device != 'cpu' and _text.letters > 200_000:
+    batch_size = 4 * batch_size   # keeps a GPU busy; a short text needs small steps, and many
 n_head = n_embd // 64   # heads of 64 dimensions, GPT-2's size
 
 # ---- the recipe, for all sizes -------------------------------------------------------------------

@@ -199,10 +199,10 @@ def how_to_make(name, tokenizer=None, data_dir='data'):
 @dataclass
 class Extent:
     """How much there is to train on, by the sizes of the files and by meta.json."""
-    tokens: int = 0    # in the training split
-    longest: int = 0   # in its longest file: a window must be shorter
-    letters: int = 0   # characters of the text; bytes, where a token is several of them
-    symbols: int = 0   # of the vocabulary
+    tokens: int = 0    # tokens in the training split
+    longest: int = 0   # tokens in the split's longest file: a window must be shorter
+    letters: int = 0   # characters of the split's text; bytes, where a token stands for several
+    symbols: int = 0   # size of the vocabulary
 
 
 def extent_of(name, data_dir='data'):

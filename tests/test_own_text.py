@@ -1,4 +1,7 @@
-"""config/train_text.py, which chooses by text and time. pytest tests/test_own_text.py"""
+"""config/train_text.py, which chooses by text and time, and the study behind it.
+
+pytest tests/test_own_text.py
+"""
 import json
 import os
 from pathlib import Path
@@ -176,3 +179,52 @@ def test_a_missing_dataset_is_named_with_what_to_type(folder, refused):
     refused('train.py', CONFIG, '--dataset=book', '--device=cpu',
             words=['data/book', 'python prepare_text.py', '--name=book'])
     refused('train.py', CONFIG, '--dataset=../x', '--device=cpu', words=['dataset', 'not a name'])
+
+
+# ---- the study -----------------------------------------------------------------------------------
+
+STUDY = 'results/own_text/study.py'
+
+
+def test_the_study_compares_what_the_config_chooses(folder, script):
+    planned = script(STUDY, '--plan', '--minutes=1,10,60', '--results=.').out
+    for size, letters in dict(small=45_000, medium=1_003_854, large=3_738_960).items():
+        claim(letters)
+        for minutes in (1, 10, 60):
+            knobs = chosen(f'--max_minutes={minutes}')
+            choice = (f'{knobs["n_layer"]} × {knobs["n_embd"]}, context {knobs["block_size"]}, '
+                      f'batch {knobs["batch_size"]}, dropout {knobs["dropout"]}, ')
+            rows = [line for line in planned.splitlines() if f' {size} ' in line]
+            assert any(choice in row for row in rows), (size, minutes)
+
+
+RUNS = """text,minutes,choice,seed,val_loss,lowest,steps,passes,seconds,parameters
+small,10,"4 × 256, context 128, batch 8, dropout 0.3, at most 15 passes",1,2.5,2.4,9,0.1,3.0,999
+"""
+
+
+def test_the_study_runs_what_is_not_finished(folder, script, shakespeare):
+    Path('README.md').write_text((ROOT / 'results/own_text/README.md').read_text())
+    Path('runs.csv').write_text(RUNS)
+    words = [STUDY, f'--texts={shakespeare.parent}', '--results=.', '--speed=0.00001',
+             '--sizes=small', '--minutes=10']
+    assert 'runs: 1,' in script(*words, '--plan').out
+    result = script(*words)
+    assert result.code == 0, result.err
+    runs = Path('runs.csv').read_text()
+    assert runs.startswith(RUNS) and runs.count('\n') == 3
+    assert 'runs: 0,' in script(*words, '--plan').out
+    page = Path('README.md').read_text()
+    assert '| 10 | 4 × 256, context 128, batch 8, dropout 0.3, at most 15 passes | **2.5' in page
+    assert '| 10 | 4 × 128, context 128, batch 8' in page
+    assert 'Until study.py has run' not in page
+    assert '<!-- end of the tables -->' in page
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--sizes=huge'], ['huge', 'small, medium, large', '--sizes=small']),
+    (['--minutes=5'], ['5', '1, 10, 60', '--minutes=1']),
+    (['--sizes=bible', '--minutes=1'], ['kjv.txt', '--texts=FOLDER']),
+])
+def test_mistakes_in_the_study(folder, refused, flags, words):
+    refused(STUDY, '--results=.', *flags, words=words)
