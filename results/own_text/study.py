@@ -19,6 +19,7 @@ import csv
 import gzip
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -203,6 +204,7 @@ def run_script(script, *words):
 
 def train(size, column, choice):
     """Train one choice on a text; return its Run."""
+    shutil.rmtree(f'{work}/run', ignore_errors=True)
     said = run_script('train.py', *flags_of(size, column, choice))
     parameters = int(re.search(r'([\d,]+) parameters', said)[1].replace(',', ''))
     with open(f'{work}/run/log.csv', newline='', encoding='utf-8') as f:
