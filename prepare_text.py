@@ -48,7 +48,7 @@ from lib import prepare, tokenizers
 from lib.configurator import configure, exit_on_signals
 from lib.console import fail, tell
 from lib.data import find_dataset
-from lib.prepare import encode_all, pieces, write_prepared
+from lib.prepare import encode_all, not_a_text, pieces, write_prepared
 from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
@@ -445,6 +445,9 @@ def utf8_blocks(path, reading):
     first = next(raw, b'')
     encoding = next((MARKS[mark] for mark in MARKS if first.startswith(mark)), None)
     if encoding is None:
+        problem = not_a_text(first, typed(path))
+        if problem:
+            stop(f'{path} is {problem}')
         yield first.removeprefix(codecs.BOM_UTF8)
         yield from raw
         return

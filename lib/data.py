@@ -355,9 +355,11 @@ class Dataset:
         if not source.get('stand_in'):
             return ''
         real = source.get('instead_of', 'THE REAL TEXT')
+        command = how_to_make(self.name, data_dir=self.data_dir)
         lines = [f'THIS IS NOT {real}: a stand-in, {source.get("name")}',
                  f'Why: {source.get("reason")}',
-                 f'With a network, replace it: {how_to_make(self.name, data_dir=self.data_dir)}']
+                 f'With a network, replace it: {command}',
+                 f'Without one, by a copy of the real text: {command} --input=input.txt']
         rule = '=' * 80
         return '\n'.join([rule, *(line[:300] for line in lines), rule])
 
