@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from lib import prepare, tokenizers
 from lib.configurator import configure, exit_on_signals
-from lib.console import fail, tell
+from lib.console import counted, fail, tell
 from lib.data import find_dataset
 from lib.prepare import encode_all, not_a_text, pieces, write_prepared
 from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
@@ -84,11 +84,6 @@ def stop(message):
     """fail(), with the progress bars out of the way."""
     with tqdm.external_write_mode(file=sys.stderr):
         fail(message)
-
-
-def counted(number, noun):
-    """Return '1 line' or '2 lines'."""
-    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def listed(words):

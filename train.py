@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib import checkpoint, fast, plots, run_folder, runtime, starting
 from lib.configurator import check, configure
-from lib.console import fail, say
+from lib.console import counted, fail, say
 from lib.data import Dataset, TrainingWindows, evaluation_batches
 from lib.evaluation import mean_loss, perplexity
 from lib.optimizers import Optimizers, Schedule, TrainingStep
@@ -319,9 +319,9 @@ def evaluate_and_save(last):
     say(f'iter {now.step}: val loss {now.val_loss:.4f}, '
         f'perplexity {perplexity(now.val_loss):.2f}{where}')
     if reached:
-        say(f'reached target_loss={target_loss:g} after {now.step:,} steps: {now.seconds:.1f} s of '
-            f'training, evaluations excluded; {time.perf_counter() - begun:.1f} s since the knobs '
-            f'were read')
+        say(f'reached target_loss={target_loss:g} after {counted(now.step, "step")}: '
+            f'{now.seconds:.1f} s of training, evaluations excluded; '
+            f'{time.perf_counter() - begun:.1f} s since the knobs were read')
     elif last and target_loss:
         limit = f'max_minutes={max_minutes:g}' if out_of_time() else f'max_iters={max_iters}'
         say(f'target_loss={target_loss:g} was not reached in {limit}')
@@ -441,8 +441,8 @@ def say_what_is_about_to_happen():
     say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training '
         f'tokens, {epochs:.3g} epochs a step')
     say(f'tokens per step = {batch_size} batch x {block_size} block x '
-        f'{gradient_accumulation_steps} accumulation ({micro_steps} each on {ranks} ranks) = '
-        f'{tokens_per_step:,}')
+        f'{gradient_accumulation_steps} accumulation ({micro_steps} each on '
+        f'{counted(ranks, "rank")}) = {tokens_per_step:,}')
     if init_from == 'scratch':
         V = model.config.vocab_size
         say(f'expect a loss near ln({V}) = {math.log(V):.4f} at the start')
@@ -526,14 +526,25 @@ while True:
     now.step += 1
 
 # ---- the end -------------------------------------------------------------------------------------
+
+def say_if_diverged():
+    """Say where the model, once trained, predicts far worse than equal odds for all tokens."""
+    V = model.config.vocab_size
+    if now.step > 0 and now.val_loss > math.log(V) + 0.5:   # a new model begins slightly above ln V
+        say(f'note: equal odds for all tokens have a loss of ln({V}) = {math.log(V):.4f}: '
+            f'this run diverged; type a lower --learning_rate (and --muon_learning_rate), '
+            f'or more --warmup_iters')
+
+
 log.end()
 if last:
-    say(f'done: {now.step:,} steps in {runtime.clock(now.seconds)} and '
+    say(f'done: {counted(now.step, "step")} in {runtime.clock(now.seconds)} and '
         f'{runtime.peak_memory(device):,.0f} MB; val loss {now.val_loss:.4f} nats per token on the '
         f'whole split; type python sample.py{run_folder.flag(out_dir)}')
     if now.saved:
         say(f'or, for a page that runs the model in a browser and shows its insides, '
             f'python export_web.py{run_folder.flag(out_dir)} --to=page.html')
+    say_if_diverged()
 if not now.saved:
     advice = 'type --out_dir=FOLDER for another place'
     if os.path.exists(last_path):

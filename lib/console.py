@@ -86,6 +86,11 @@ def write(text):
              f'type > FILE behind the command, on a disk with room')
 
 
+def counted(number, noun):
+    """Return '1 line' or '2 lines'."""
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
+
+
 def as_typed(text):
     """Return a word of the command line as the text that was typed.
 
@@ -114,8 +119,12 @@ def read_prompt(start, longest=1 << 24):
                 text = f.read(longest + 1)
         else:
             text = as_typed(start)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
+    except OSError as error:
+        fail(f'--start={start} cannot be read ({error.strerror or error}); FILE: takes the path of '
+             f'a text file; type --start=FILE:path, or --start=TEXT')
+    except UnicodeDecodeError as error:
+        fail(f'--start={start} is not UTF-8 (byte {error.start:,}); '
+             f'FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
         fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; '
              f'type --start=FILE:path for a shorter one')

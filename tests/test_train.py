@@ -589,7 +589,7 @@ def check_rates_follow_time(rows):
 def test_a_time_limit_shorter_than_a_step_makes_one_step(mini, script):
     result = script('train.py', *LONG, '--max_minutes=1e-9')
     assert result.code == 0
-    assert 'done: 1 steps' in result.err
+    assert 'done: 1 step in' in result.err
     assert read_log('out/log.csv')[-1]['val_loss']
 
 
@@ -947,6 +947,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(mini, script, 
     refused('train.py', *TINY, *explode, words=words)
     assert Path('out/last.pt').read_bytes() == last
     assert Path('out/best.pt').read_bytes() == best
+
+
+@pytest.mark.parametrize('learning_rate, diverged', [(30, True), (1e-2, False), (0, False)])
+def test_a_run_that_diverged_is_told_so(mini, script, learning_rate, diverged):
+    """The loss is finite and far above that of equal odds."""
+    result = script('train.py', *TINY, f'--learning_rate={learning_rate}', '--min_lr=0')
+    assert result.code == 0, result.err
+    assert ('this run diverged; type a lower --learning_rate' in result.err) == diverged
+    assert ('equal odds for all tokens' in result.err) == diverged
+
+
+def test_one_step_is_not_called_steps(mini, script):
+    result = script('train.py', *TINY, '--max_iters=1')
+    assert 'done: 1 step in ' in result.err
+    assert '(1 each on 1 rank) = 64' in result.err
 
 
 @pytest.mark.pictures
