@@ -285,7 +285,7 @@ def save(name):
         return True
     return checkpoint.keep(os.path.join(out_dir, name), dict(
         format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
-        data=dict(name=data.name, sha256=data.fingerprint()),
+        data=dict(name=data.name, sha256=data.fingerprint(), stands_in_for=data.stands_in_for()),
         optimizer=states, scaler=scaler.state_dict(), iter_num=now.step,
         best_val_loss=now.best_val_loss, val_loss=now.val_loss,
         seconds=max(now.seconds, now.elapsed), skipped=now.skipped, config=knobs))

@@ -6,7 +6,7 @@ key, its name is used:
     model           weights, under Hugging Face's GPT-2 names
     model_args      GPTConfig as a dict
     tokenizer       the tokenizer's state
-    data            name and SHA-256 of the dataset
+    data            name and SHA-256 of the dataset, and the text that it stands in for, if any
     optimizer       a list of state dicts
     scaler          fp16's loss scale
     iter_num        optimizer steps made

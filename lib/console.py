@@ -7,9 +7,12 @@ dropped. A result that stdout cannot take ends the script with exit code 2. Wher
 stdout has ended, the script ends without a word.
 """
 import atexit
+import contextlib
 import io
 import os
+import signal
 import sys
+import time
 
 READER_GONE = 128 + 13   # exit code of a program that SIGPIPE ends
 
@@ -65,8 +68,19 @@ def fail(message):
     """End the script for a user's mistake, with exit code 2 and one line on stderr.
 
     The line says what is wrong, what is allowed and what to type."""
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        _wait_for_first_rank()
     tell('error: ' + ' '.join(str(message).split()))
     raise SystemExit(2)
+
+
+def _wait_for_first_rank():
+    """Give a machine's first rank the time to fail for the same reason: the error is printed once.
+
+    torchrun then ends this rank by SIGTERM. A mistake that only this rank meets is printed late."""
+    with contextlib.suppress(ValueError):   # this is not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(2)
 
 
 def write(text):
