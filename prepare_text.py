@@ -249,8 +249,8 @@ def spool():
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
     except OSError as error:
-        fail(f'--input=-: standard input cannot be kept in {tempfile.gettempdir()}: {error}; '
-             f'make room, or type --input=FILE')
+        fail(f'--input=-: standard input cannot be kept in {tempfile.gettempdir()} '
+             f'({error.strerror or error}); make room, or type --input=FILE')
     return file
 
 
@@ -466,7 +466,8 @@ def blocks(path, reading):
                 reading.passed(block)
                 yield block
     except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-        stop(f'{path} cannot be read: {error}; {AGAIN}')
+        reason = getattr(error, 'strerror', None) or error
+        stop(f'{path} cannot be read ({reason}); {AGAIN}')
 
 
 def open_file(path):

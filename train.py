@@ -25,7 +25,7 @@ from lib import checkpoint, fast, plots, run_folder, runtime, starting
 from lib.configurator import check, configure
 from lib.console import counted, fail, say
 from lib.data import Dataset, TrainingWindows, evaluation_batches
-from lib.evaluation import mean_loss, perplexity
+from lib.evaluation import mean_loss, shown_perplexity
 from lib.optimizers import Optimizers, Schedule, TrainingStep
 from lib.prepare import prepare_missing
 from model import GPT
@@ -317,7 +317,7 @@ def evaluate_and_save(last):
 
     where = ' on the whole split' if whole else ''
     say(f'iter {now.step}: val loss {now.val_loss:.4f}, '
-        f'perplexity {perplexity(now.val_loss):.2f}{where}')
+        f'perplexity {shown_perplexity(now.val_loss)}{where}')
     if reached:
         say(f'reached target_loss={target_loss:g} after {counted(now.step, "step")}: '
             f'{now.seconds:.1f} s of training, evaluations excluded; '
@@ -421,7 +421,7 @@ def log_step(share, loss, grad_norm):
         more += f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}'
     if scaler.is_enabled():
         more += f' | skipped {now.skipped}, loss scale {scaler.get_scale():g}'
-    say(f'iter {now.step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate:.2e} | '
+    say(f'iter {now.step}: loss {loss:.4f}, perplexity {shown_perplexity(loss)} | lr {rate:.2e} | '
         f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{more} | {runtime.clock(left)} left')
     log.row(iter=now.step, tokens=now.step * tokens_per_step, train_loss=loss,
             val_loss=now.val_loss, lr=rate, grad_norm=float(grad_norm), tok_per_s=tok_per_s,
@@ -479,7 +479,7 @@ say_what_is_about_to_happen()
 if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
-    say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
+    say(f'val loss {val_loss:.4f}, perplexity {shown_perplexity(val_loss)} on the whole split')
     runtime.leave(0)
 
 log = run_folder.RunLog(out_dir)

@@ -185,7 +185,7 @@ def write_false_enwik8(kind):
     ('cut zip', ['--partial'], ['zip']),
     ('cut gzip', [], ['a.gz']),
     ('folder', [], ['folder']),
-    ('missing', [], ['nowhere']),
+    ('missing', [], ['nowhere cannot be read (No such file or directory); type']),
 ])
 def test_a_file_that_is_not_enwik8_is_refused(folder, refused, kind, flags, words):
     path = write_false_enwik8(kind)

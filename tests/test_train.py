@@ -956,6 +956,7 @@ def test_a_run_that_diverged_is_told_so(mini, script, learning_rate, diverged):
     assert result.code == 0, result.err
     assert ('this run diverged; type a lower --learning_rate' in result.err) == diverged
     assert ('equal odds for all tokens' in result.err) == diverged
+    assert not re.search(r'perplexity \d{7}', result.err)   # a huge one is shown as 1.2e+09
 
 
 def test_one_step_is_not_called_steps(mini, script):
