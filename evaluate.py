@@ -30,7 +30,7 @@ from lib.configurator import check, configure
 from lib.console import fail, say, write
 from lib.data import evaluation_batches, first_with, open_first
 from lib.evaluation import mean_loss, perplexity
-from lib.starting import Symbols, check_symbols, open_model
+from lib.starting import Symbols, check_symbols, open_model, was_replaced
 from lib.tokenizers import token_sizes
 
 init_from = 'resume'     # 'resume': the run in out_dir; else 'gpt2', a hub name, or a folder
@@ -94,7 +94,12 @@ def open_data(opened):
     if data.stand_in_banner():
         say(data.stand_in_banner())
     tokenizer = opened.tokenizer
-    check_symbols(data, opened.source, Symbols(tokenizer.state(), tokenizer.vocab_size))
+    trained_on = opened.trained_on
+    symbols = Symbols(tokenizer.state(), tokenizer.vocab_size, trained_on=trained_on)
+    check_symbols(data, opened.source, symbols)
+    if was_replaced(data, trained_on):
+        say(f'note: {data.folder} was made anew after {opened.source} was trained: '
+            f'it holds another text, and the figures are for that text')
     return data
 
 

@@ -106,7 +106,9 @@ try:
     raw = read_bytes()
 except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
     reason = str(error)
-    if path not in reason:
+    if getattr(error, 'strerror', None):
+        reason = f'{path} cannot be read ({error.strerror})'
+    elif path not in reason:
         reason = f'{path}: {reason}'
     fail(f'{reason}; type python prepare_enwik8.py --tokenizer={tokenizer} --input=FILE '
          f'for a local copy of enwik8.zip, enwik8.gz or enwik8, whole; '

@@ -14,13 +14,14 @@ split, 411,268 and 49,422 tokens.
 import contextlib
 import hashlib
 import os
+import shlex
 
 import lib.early  # noqa: F401  # before NumPy and torch
 
 from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, tell
 from lib.data import find_dataset
-from lib.prepare import download, encode_all, pieces, stand_in_text, write_prepared
+from lib.prepare import download, encode_all, not_a_text, pieces, stand_in_text, write_prepared
 from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
 
 tokenizer = 'char'   # 'char', 'byte', 'gpt2', or 'bpe': trained on the training split
@@ -63,7 +64,8 @@ def check_stand_in(error):
     with contextlib.suppress(OSError):   # the folder is not empty
         os.rmdir(folder)
     if input:
-        fail(f'{error}; type --input=FILE for a text file')
+        fail(f'--input={input} cannot be read ({error.strerror or error}); a text file is needed; '
+             f'type --input=FILE')
     if ready or not stand_in:   # the stand-in never replaces a dataset that is there
         fail(f'{error}; type python prepare_shakespeare.py --tokenizer={tokenizer} --input=FILE '
              f'for a local copy of input.txt, or --stand_in to go on with another text')
@@ -96,15 +98,20 @@ if len(raw) > LONGEST:
     fail(f'{path} has more than the {LONGEST:,} bytes that this script reads at once; '
          f'type python prepare_text.py --input=FILE --name=NAME')
 source['sha256'] = hashlib.sha256(raw).hexdigest()
-if not source['stand_in'] and source['sha256'] != SHA256:
-    source.update(name=os.path.basename(input), url=None)
-    tell(f'note: {input} is not the Tiny Shakespeare file; '
-         f'it is taken as it is and recorded under its own name')
+problem = not_a_text(raw[:1 << 20], shlex.quote(path))
+if problem:
+    fail(f'{path} is {problem}')
 try:
     text = raw.decode('utf-8-sig')   # skips the mark with which editors on Windows begin a file
 except UnicodeDecodeError as error:
-    fail(f'{path} is not UTF-8 (byte {error.start}); '
-         f'convert it first: iconv -f latin1 -t utf-8')
+    fail(f'{path} is not UTF-8 (byte {error.start:,}); convert it first, if it is Latin-1: '
+         f'iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
+if not source['stand_in'] and source['sha256'] != SHA256:
+    source.update(name=os.path.basename(input), url=None)
+    tell(f'note: {input} is not Tiny Shakespeare (its SHA-256 is another; it has {len(raw):,} '
+         f'bytes, not {SIZE:,}): {folder} gets another text, and published losses do not apply '
+         f'to it; to leave {folder} alone, type python prepare_text.py '
+         f'--input={shlex.quote(input)} --name=NAME')
 parts = split_text(text)
 if tokenizer == 'bpe':
     vocabulary = train_bpe(pieces([parts['train']]), vocab_size)

@@ -46,9 +46,9 @@ from tqdm import tqdm
 
 from lib import prepare, tokenizers
 from lib.configurator import configure, exit_on_signals
-from lib.console import fail, tell
+from lib.console import counted, fail, tell
 from lib.data import find_dataset
-from lib.prepare import encode_all, pieces, write_prepared
+from lib.prepare import encode_all, not_a_text, pieces, write_prepared
 from lib.tokenizers import check_vocab_size, make_tokenizer, train_bpe
 
 input = ''           # a file, a folder (its .txt, .md, .jsonl), a pattern in quotes, or - for stdin
@@ -84,11 +84,6 @@ def stop(message):
     """fail(), with the progress bars out of the way."""
     with tqdm.external_write_mode(file=sys.stderr):
         fail(message)
-
-
-def counted(number, noun):
-    """Return '1 line' or '2 lines'."""
-    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def listed(words):
@@ -254,8 +249,8 @@ def spool():
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
     except OSError as error:
-        fail(f'--input=-: standard input cannot be kept in {tempfile.gettempdir()}: {error}; '
-             f'make room, or type --input=FILE')
+        fail(f'--input=-: standard input cannot be kept in {tempfile.gettempdir()} '
+             f'({error.strerror or error}); make room, or type --input=FILE')
     return file
 
 
@@ -445,6 +440,9 @@ def utf8_blocks(path, reading):
     first = next(raw, b'')
     encoding = next((MARKS[mark] for mark in MARKS if first.startswith(mark)), None)
     if encoding is None:
+        problem = not_a_text(first, typed(path))
+        if problem:
+            stop(f'{path} is {problem}')
         yield first.removeprefix(codecs.BOM_UTF8)
         yield from raw
         return
@@ -468,7 +466,8 @@ def blocks(path, reading):
                 reading.passed(block)
                 yield block
     except (OSError, EOFError, zlib.error) as error:   # gzip's own errors are OSErrors
-        stop(f'{path} cannot be read: {error}; {AGAIN}')
+        reason = getattr(error, 'strerror', None) or error
+        stop(f'{path} cannot be read ({reason}); {AGAIN}')
 
 
 def open_file(path):

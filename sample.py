@@ -190,6 +190,9 @@ narrow_and_compare(model, opened)
 say(f'{opened.where}, {parameters:,} parameters, '
     f'{decoding.weight_bytes(model) / 1e6:,.1f} MB of weights to read for a token')
 say_limits(len(ids), model.config.block_size)
+if opened.trained_on.get('stands_in_for'):
+    say(f'note: this model was trained on a stand-in text, and not on '
+        f'{opened.trained_on["stands_in_for"]}')
 
 seeds = [seed + i for i in range(num_samples)]
 chance = chances(seeds, max_new_tokens).to(device)                                   # (B, new)

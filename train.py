@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib import checkpoint, fast, plots, run_folder, runtime, starting
 from lib.configurator import check, configure
-from lib.console import fail, say
+from lib.console import counted, fail, say
 from lib.data import Dataset, TrainingWindows, evaluation_batches
-from lib.evaluation import mean_loss, perplexity
+from lib.evaluation import mean_loss, shown_perplexity
 from lib.optimizers import Optimizers, Schedule, TrainingStep
 from lib.prepare import prepare_missing
 from model import GPT
@@ -285,7 +285,7 @@ def save(name):
         return True
     return checkpoint.keep(os.path.join(out_dir, name), dict(
         format=1, model=weights, model_args=asdict(model.config), tokenizer=data.tokenizer.state(),
-        data=dict(name=data.name, sha256=data.fingerprint()),
+        data=dict(name=data.name, sha256=data.fingerprint(), stands_in_for=data.stands_in_for()),
         optimizer=states, scaler=scaler.state_dict(), iter_num=now.step,
         best_val_loss=now.best_val_loss, val_loss=now.val_loss,
         seconds=max(now.seconds, now.elapsed), skipped=now.skipped, config=knobs))
@@ -317,11 +317,11 @@ def evaluate_and_save(last):
 
     where = ' on the whole split' if whole else ''
     say(f'iter {now.step}: val loss {now.val_loss:.4f}, '
-        f'perplexity {perplexity(now.val_loss):.2f}{where}')
+        f'perplexity {shown_perplexity(now.val_loss)}{where}')
     if reached:
-        say(f'reached target_loss={target_loss:g} after {now.step:,} steps: {now.seconds:.1f} s of '
-            f'training, evaluations excluded; {time.perf_counter() - begun:.1f} s since the knobs '
-            f'were read')
+        say(f'reached target_loss={target_loss:g} after {counted(now.step, "step")}: '
+            f'{now.seconds:.1f} s of training, evaluations excluded; '
+            f'{time.perf_counter() - begun:.1f} s since the knobs were read')
     elif last and target_loss:
         limit = f'max_minutes={max_minutes:g}' if out_of_time() else f'max_iters={max_iters}'
         say(f'target_loss={target_loss:g} was not reached in {limit}')
@@ -421,7 +421,7 @@ def log_step(share, loss, grad_norm):
         more += f' | mfu {tok_per_s * flops_per_token / peak / ranks:.1%}'
     if scaler.is_enabled():
         more += f' | skipped {now.skipped}, loss scale {scaler.get_scale():g}'
-    say(f'iter {now.step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f} | lr {rate:.2e} | '
+    say(f'iter {now.step}: loss {loss:.4f}, perplexity {shown_perplexity(loss)} | lr {rate:.2e} | '
         f'grad norm {grad_norm:.3f} | {tok_per_s:,.0f} tok/s{more} | {runtime.clock(left)} left')
     log.row(iter=now.step, tokens=now.step * tokens_per_step, train_loss=loss,
             val_loss=now.val_loss, lr=rate, grad_norm=float(grad_norm), tok_per_s=tok_per_s,
@@ -441,8 +441,8 @@ def say_what_is_about_to_happen():
     say(f'{parameters:,} parameters; dataset {dataset}: {sum(map(len, windows.shards)):,} training '
         f'tokens, {epochs:.3g} epochs a step')
     say(f'tokens per step = {batch_size} batch x {block_size} block x '
-        f'{gradient_accumulation_steps} accumulation ({micro_steps} each on {ranks} ranks) = '
-        f'{tokens_per_step:,}')
+        f'{gradient_accumulation_steps} accumulation ({micro_steps} each on '
+        f'{counted(ranks, "rank")}) = {tokens_per_step:,}')
     if init_from == 'scratch':
         V = model.config.vocab_size
         say(f'expect a loss near ln({V}) = {math.log(V):.4f} at the start')
@@ -479,7 +479,7 @@ say_what_is_about_to_happen()
 if eval_only:
     signals.release()   # there is nothing to save
     val_loss = evaluate(None)
-    say(f'val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f} on the whole split')
+    say(f'val loss {val_loss:.4f}, perplexity {shown_perplexity(val_loss)} on the whole split')
     runtime.leave(0)
 
 log = run_folder.RunLog(out_dir)
@@ -526,14 +526,25 @@ while True:
     now.step += 1
 
 # ---- the end -------------------------------------------------------------------------------------
+
+def say_if_diverged():
+    """Say where the model, once trained, predicts far worse than equal odds for all tokens."""
+    V = model.config.vocab_size
+    if now.step > 0 and now.val_loss > math.log(V) + 0.5:   # a new model begins slightly above ln V
+        say(f'note: equal odds for all tokens have a loss of ln({V}) = {math.log(V):.4f}: '
+            f'this run diverged; type a lower --learning_rate (and --muon_learning_rate), '
+            f'or more --warmup_iters')
+
+
 log.end()
 if last:
-    say(f'done: {now.step:,} steps in {runtime.clock(now.seconds)} and '
+    say(f'done: {counted(now.step, "step")} in {runtime.clock(now.seconds)} and '
         f'{runtime.peak_memory(device):,.0f} MB; val loss {now.val_loss:.4f} nats per token on the '
         f'whole split; type python sample.py{run_folder.flag(out_dir)}')
     if now.saved:
         say(f'or, for a page that runs the model in a browser and shows its insides, '
             f'python export_web.py{run_folder.flag(out_dir)} --to=page.html')
+    say_if_diverged()
 if not now.saved:
     advice = 'type --out_dir=FOLDER for another place'
     if os.path.exists(last_path):

@@ -6,7 +6,7 @@ key, its name is used:
     model           weights, under Hugging Face's GPT-2 names
     model_args      GPTConfig as a dict
     tokenizer       the tokenizer's state
-    data            name and SHA-256 of the dataset
+    data            name and SHA-256 of the dataset, and the text that it stands in for, if any
     optimizer       a list of state dicts
     scaler          fp16's loss scale
     iter_num        optimizer steps made
@@ -20,6 +20,7 @@ key, its name is used:
 The file is what torch.save writes, a zip. The zip's comment is the seal: it holds the SHA-256 of
 everything before it.
 """
+import glob
 import hashlib
 import math
 import os
@@ -205,9 +206,31 @@ def find(out_dir, checkpoint='', names=('best.pt', 'last.pt', 'ckpt.pt')):
     for path in paths:
         if os.path.isfile(path):
             return path
+    if checkpoint and os.path.isdir(checkpoint):
+        fail(f'checkpoint={checkpoint} is a folder, and --checkpoint takes a file; '
+             f'type --out_dir={shlex.quote(checkpoint)}')
+    if not checkpoint and os.path.isfile(out_dir):
+        fail(f'out_dir={out_dir} is a file, and --out_dir takes the folder of a run; '
+             f'type --checkpoint={shlex.quote(out_dir)}')
+    earlier = newest_earlier(out_dir, names)
+    if earlier and not checkpoint:
+        fail(f'no checkpoint at {" or ".join(paths)}; an earlier run is in {earlier}; '
+             f'type --out_dir={shlex.quote(earlier)}')
     fail(f'no checkpoint at {" or ".join(paths)}: train one first '
          f'(python train.py config/train_shakespeare_char.py), '
          f'or type --out_dir=FOLDER or --checkpoint=FILE')
+
+
+def newest_earlier(out_dir, names):
+    """Return the newest of the folders out_dir/earlier-N with a checkpoint, '' without one.
+
+    A new run in out_dir moved the files of the run before it there. names: see find."""
+    pattern = os.path.join(glob.escape(out_dir), 'earlier-[0-9]*')
+    folders = sorted(glob.glob(pattern), key=lambda path: (len(path), path))
+    for folder in reversed(folders):
+        if any(os.path.isfile(os.path.join(folder, name)) for name in names):
+            return folder
+    return ''
 
 
 def load(path):
@@ -327,6 +350,9 @@ def load_last(out_dir):
         elif name == 'last.pt':
             reasons.append(f'{path} is not there')
     if loaded is None:
+        earlier = newest_earlier(out_dir, ('last.pt', 'last.previous.pt'))
+        if earlier:
+            other = f'an earlier run is in {earlier}; type --out_dir={shlex.quote(earlier)}'
         fail(f'no checkpoint to resume: {"; ".join(reasons)}; {other}')
     if reasons and name != 'ckpt.pt':
         say(f'{"; ".join(reasons)}: using {path}, the one before it')

@@ -36,6 +36,9 @@ OTHER_WORDS = {
     'prompt': 'start', 'length': 'max_new_tokens', 'accum': 'gradient_accumulation_steps'}
 
 
+_defaults = {}   # {knob: its default} of the script that called configure, for check's advice
+
+
 def exit_on_signals():
     """Let SIGINT, SIGTERM and SIGHUP end the script as sys.exit does, so that it can clean up."""
     for number in ending_signals():
@@ -64,6 +67,8 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     for name, value in knobs.items():
         if not name.startswith('_') and isinstance(value, PLAIN):
             names[name] = value
+    _defaults.clear()
+    _defaults.update(names)
     words = _words(list(sys.argv[1:] if argv is None else argv), names, first, configs)
     if words is None:
         write(_help(knobs, names))
@@ -100,11 +105,17 @@ def check(knobs, **rules):
             allowed = ', '.join(word or "''" for word in rule)
         else:
             least, most = rule if isinstance(rule, tuple) else (rule, 2**63 - 1)
-            good = value is None or type(value) in (int, float) and least <= value <= most
-            other = min(max(least, 1), most)
+            good = _is_within(value, least, most)
+            default = _defaults.get(key, least)
+            other = default if _is_within(default, least, most) else least
             allowed = f'{least} to {most}' if most < 2**63 - 1 else f'{least} or more, below 2^63'
         if not good:
             fail(f'{key}={_shown(value)}: allowed are {allowed}; type --{key}={other}')
+
+
+def _is_within(value, least, most):
+    """Return whether a value is None or a number in a range, its ends included."""
+    return value is None or type(value) in (int, float) and least <= value <= most
 
 
 def _words(argv, names, first, configs):

@@ -7,9 +7,12 @@ dropped. A result that stdout cannot take ends the script with exit code 2. Wher
 stdout has ended, the script ends without a word.
 """
 import atexit
+import contextlib
 import io
 import os
+import signal
 import sys
+import time
 
 READER_GONE = 128 + 13   # exit code of a program that SIGPIPE ends
 
@@ -65,8 +68,19 @@ def fail(message):
     """End the script for a user's mistake, with exit code 2 and one line on stderr.
 
     The line says what is wrong, what is allowed and what to type."""
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        _wait_for_first_rank()
     tell('error: ' + ' '.join(str(message).split()))
     raise SystemExit(2)
+
+
+def _wait_for_first_rank():
+    """Give a machine's first rank the time to fail for the same reason: the error is printed once.
+
+    torchrun then ends this rank by SIGTERM. A mistake that only this rank meets is printed late."""
+    with contextlib.suppress(ValueError):   # this is not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(2)
 
 
 def write(text):
@@ -84,6 +98,11 @@ def write(text):
     except OSError as error:
         fail(f'stdout cannot be written ({error.strerror}); '
              f'type > FILE behind the command, on a disk with room')
+
+
+def counted(number, noun):
+    """Return '1 line' or '2 lines'."""
+    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def as_typed(text):
@@ -114,8 +133,12 @@ def read_prompt(start, longest=1 << 24):
                 text = f.read(longest + 1)
         else:
             text = as_typed(start)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f'--start={start}: {error}; FILE: and - take text in UTF-8; type --start=TEXT')
+    except OSError as error:
+        fail(f'--start={start} cannot be read ({error.strerror or error}); FILE: takes the path of '
+             f'a text file; type --start=FILE:path, or --start=TEXT')
+    except UnicodeDecodeError as error:
+        fail(f'--start={start} is not UTF-8 (byte {error.start:,}); '
+             f'FILE: and - take text in UTF-8; type --start=TEXT')
     if len(text) > longest:
         fail(f'--start: a prompt of more than {longest:,} characters, far more than a model sees; '
              f'type --start=FILE:path for a shorter one')

@@ -388,15 +388,24 @@ class Dataset:
             return ''
         return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
 
-    def stand_in_banner(self):
-        """Return the lines that every run on the stand-in text prints, '' for a real dataset."""
+    def stands_in_for(self):
+        """Return the name of the text that a stand-in replaces, '' for a real dataset."""
         source = self.meta.get('source', {})
         if not source.get('stand_in'):
             return ''
-        real = source.get('instead_of', 'THE REAL TEXT')
+        return str(source.get('instead_of', 'THE REAL TEXT'))
+
+    def stand_in_banner(self):
+        """Return the lines that every run on the stand-in text prints, '' for a real dataset."""
+        real = self.stands_in_for()
+        if not real:
+            return ''
+        source = self.meta['source']
+        command = how_to_make(self.name, data_dir=self.data_dir)
         lines = [f'THIS IS NOT {real}: a stand-in, {source.get("name")}',
                  f'Why: {source.get("reason")}',
-                 f'With a network, replace it: {how_to_make(self.name, data_dir=self.data_dir)}']
+                 f'With a network, replace it: {command}',
+                 f'Without one, by a copy of the real text: {command} --input=input.txt']
         rule = '=' * 80
         return '\n'.join([rule, *(line[:300] for line in lines), rule])
 

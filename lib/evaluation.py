@@ -16,6 +16,12 @@ def perplexity(nats):
     return math.exp(min(nats, 700))   # e^710 is larger than any float
 
 
+def shown_perplexity(nats):
+    """Return the perplexity as a line of progress shows it: 4.56, or 1.2e+09 where it is huge."""
+    value = perplexity(nats)
+    return f'{value:.2f}' if value < 1e6 else f'{value:.1e}'
+
+
 @torch.no_grad()
 def mean_loss(model, batches, device, dtype):
     """Return the mean nats per target over batches of x, y (B, T), of all ranks' batches together.

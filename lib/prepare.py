@@ -26,6 +26,15 @@ from lib.tokenizers import token_sizes
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the scripts' folder
 PIECE = 1 << 19   # characters that are tokenized at a time
+# {how a file begins: (what the file is, how to get its text)}
+NOT_TEXTS = {
+    b'%PDF-': ('a PDF', 'export its text, as pdftotext does'),
+    b'PK\x03\x04': ('a zip archive, as .docx, .odt and .epub files are',
+                    'unpack it, or save it as plain text in the program that made it'),
+    b'\xd0\xcf\x11\xe0': ('a file of an office program, as .doc files are',
+                         'save it as plain text in the program that made it'),
+    b'{\\rtf': ('rich text (RTF)', 'save it as plain text in the program that made it'),
+    b'\x1f\x8b': ('compressed by gzip', 'unpack it by gunzip')}
 
 
 # ---- where the text is from ----------------------------------------------------------------------
@@ -123,6 +132,21 @@ def stand_in_text():
     """Return some 700 kB of English that every Python ships: the language reference's topics."""
     from pydoc_data.topics import topics
     return '\n\n'.join(topics[name] for name in sorted(topics))
+
+
+def not_a_text(first, name):
+    """Return what a file is that is not text in UTF-8, and what to type; '' for any other file.
+
+    first: the file's first bytes. name: the file as a shell command names it."""
+    for beginning, (what, advice) in NOT_TEXTS.items():
+        if first.startswith(beginning):
+            return f'{what}, and only text is read; {advice}, and type --input=FILE.txt'
+    zeros = [first[start::2].count(0) for start in (0, 1)]   # at even and at odd places
+    if 4 * max(zeros) > len(first):   # half of a character of Latin script is a zero in UTF-16
+        order = 'le' if zeros[1] > zeros[0] else 'be'
+        return (f'UTF-16 by its zeros, and only UTF-8 is read without a byte order mark; '
+                f'convert it first: iconv -f utf-16{order} -t utf-8 {name} > FILE')
+    return ''
 
 
 # ---- choosing the documents for validation -------------------------------------------------------

@@ -8,7 +8,7 @@ import glob
 import math
 import os
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 
 import torch
@@ -41,6 +41,7 @@ class Opened:
     where: str          # the source in words, with a checkpoint's step
     dataset: str        # the dataset it was trained on; '' where that is not known
     data_dirs: list     # the folders that may hold its dataset, in the order to look
+    trained_on: dict = field(default_factory=dict)   # what a checkpoint says about its text
     steps: int | None = None         # optimizer steps that a checkpoint's run had made
     val_loss: float | None = None    # the checkpoint's validation loss, nats per token
 
@@ -66,8 +67,15 @@ def open_model(init_from, out_dir, checkpoint, data_dir, given):
     data_dirs = data_dirs_of(knobs, path, data_dir, given)
     tokenizer = find_tokenizer(loaded, path, model, data_dirs)
     where = f'{path}: iter {loaded.get("iter_num")}'
+    trained_on = _trained_on(loaded)
     return Opened(model, tokenizer, path, where, str(knobs.get('dataset', '')), data_dirs,
-                  _steps_of(loaded), _val_loss_of(loaded))
+                  trained_on, _steps_of(loaded), _val_loss_of(loaded))
+
+
+def _trained_on(loaded):
+    """Return what a checkpoint says about its text; {} for one by nanoGPT or an earlier version."""
+    data = loaded.get('data')
+    return data if isinstance(data, dict) else {}
 
 
 def _steps_of(loaded):
@@ -253,6 +261,7 @@ class Symbols:
     tokenizer: dict | None   # the tokenizer's state, None where it is not known
     vocab_size: int          # rows of the model's embedding
     padded: bool = False     # whether some of the rows may be padding
+    trained_on: dict = field(default_factory=dict)   # what a checkpoint says about its text
 
 
 @dataclass
@@ -297,7 +306,7 @@ def _resume(knobs, given):
     if found is not None:
         knobs['data_dir'] = found
     vocab_size = resumed['model_args'].get('vocab_size')
-    symbols = Symbols(resumed.get('tokenizer'), vocab_size, padded=True)
+    symbols = Symbols(resumed.get('tokenizer'), vocab_size, True, _trained_on(resumed))
     return Start(resumed=resumed, path=path, symbols=symbols)
 
 
@@ -319,8 +328,8 @@ def _keep_shape(knobs, given, model_args, path):
     """Give the knobs the shape of a model that is trained further.
 
     Fail where a knob that was typed says otherwise. path: what the model is from."""
-    for field in fields(GPTConfig):
-        key = field.name
+    for each in fields(GPTConfig):
+        key = each.name
         if key not in knobs or key in TRAINING:
             continue
         had = checked(key, model_args.get(key, knobs[key]), knobs[key], f'{path}: {key}')
@@ -333,7 +342,7 @@ def _keep_shape(knobs, given, model_args, path):
 
 def shape(knobs):
     """Return the GPTConfig that knobs ask for; fail for one that cannot exist."""
-    asked = {field.name: knobs[field.name] for field in fields(GPTConfig) if field.name in knobs}
+    asked = {each.name: knobs[each.name] for each in fields(GPTConfig) if each.name in knobs}
     try:
         return GPTConfig(**asked)
     except ValueError as error:
@@ -352,8 +361,21 @@ def check_symbols(data, path, symbols):
         difference = different_characters(symbols.tokenizer['chars'], data.tokenizer.chars)
     elif kind == data.tokenizer.state()['kind'] == 'bpe':
         difference += ', learned from different texts or with another --vocab_size'
+    advice = advice_for_symbols(path, kind)
+    if was_replaced(data, symbols.trained_on):
+        advice = (f'{data.folder} was made anew after that training; '
+                  f'train a new model on it, or {advice}')
     fail(f'{path} was trained with another tokenizer than that of {data.folder}: {difference}; '
-         f'{advice_for_symbols(path, kind)}')
+         f'{advice}')
+
+
+def was_replaced(data, trained_on):
+    """Return whether a dataset holds another text than when a model was trained on it.
+
+    trained_on: what the model's checkpoint says about its text; {} where that is not known."""
+    now = data.fingerprint()
+    then = trained_on.get('sha256')
+    return trained_on.get('name') == data.name and bool(now and then) and now != then
 
 
 def is_other_text(resumed, data):

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from lib.configurator import configure
+from lib.configurator import check, configure
 
 KNOBS = dict(
     learning_rate=1e-3,
@@ -111,6 +111,22 @@ def test_mistakes(argv, words, capsys):
     error = error_of(capsys, lambda: overridden(*argv))
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize('flag, rule, allowed, typed', [
+    ('--learning_rate=-1', 0, '0 or more', '--learning_rate=0.0006'),
+    ('--max_iters=0', 1, '1 or more', '--max_iters=600000'),
+    ('--dropout=2', (0, 1), '0 to 1', '--dropout=0.0'),
+    ('--dropout=0', (0.5, 1), '0.5 to 1', '--dropout=0.5'),   # the default is not allowed either
+    ('--lr_decay_iters=-1', 0, '0 or more', '--lr_decay_iters=None'),
+])
+def test_the_default_is_advised_for_a_number_out_of_range(flag, rule, allowed, typed, capsys):
+    knobs = dict(learning_rate=6e-4, max_iters=600000, dropout=0.0, lr_decay_iters=None)
+    configure(knobs, argv=[flag])
+    key = flag[2:].partition('=')[0]
+    error = error_of(capsys, lambda: check(knobs, **{key: rule}))
+    assert f'allowed are {allowed}' in error
+    assert error.endswith(f'; type {typed}\n'), error
 
 
 @pytest.mark.parametrize('word, typed', [

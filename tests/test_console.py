@@ -194,8 +194,8 @@ def work(trained, folder):
 @pytest.mark.parametrize('name, flags', [
     ('train.py', ['--help']),
     ('evaluate.py', ['--help']),
-    ('evaluate.py', ['--device=cpu']),
-    ('evaluate.py', ['--device=cpu', '--json=-']),
+    ('evaluate.py', ['--device=cpu', '--compile=False']),
+    ('evaluate.py', ['--device=cpu', '--compile=False', '--json=-']),
     ('ablate.py', ['list']),
     ('sample.py', ['--device=cpu', '--start=1']),
     ('analyze.py', ['--device=cpu', '--start=12 times 3', '--windows=2']),
@@ -214,14 +214,15 @@ def test_stdout_that_cannot_be_written_ends_the_script(work, name, flags):
 
 
 def test_a_closed_stdout_is_an_error(work):
-    evaluate = command('evaluate.py', '--json=-', '--device=cpu', python=sys.executable)
+    flags = ['--json=-', '--device=cpu', '--compile=False']
+    evaluate = command('evaluate.py', *flags, python=sys.executable)
     done = shell(f'{evaluate} >&-')
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(b'error: stdout is closed')
 
 
 def test_json_on_stdout_is_whole(work):
-    done = shell(command('evaluate.py', '--json=-', '--device=cpu'))
+    done = shell(command('evaluate.py', '--json=-', '--device=cpu', '--compile=False'))
     assert json.loads(done.stdout)['split'] == 'val'
 
 

@@ -466,19 +466,24 @@ def test_stand_in_is_marked(folder, script, no_waiting):
     assert 'NOT TINY SHAKESPEARE' in banner
     assert 'pydoc_data.topics' in banner
     assert 'download failed' in banner
-    assert 'python prepare_shakespeare.py --tokenizer=char' in banner
+    assert 'python prepare_shakespeare.py --tokenizer=char\n' in banner
+    assert 'python prepare_shakespeare.py --tokenizer=char --input=input.txt\n' in banner
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--tokenizer=klingon'], ['klingon', 'char, byte, gpt2, bpe']),
     (['--tokenizr=char'], ['--tokenizer']),
-    (['--input=nope.txt'], ['nope.txt', '--input']),
+    (['--input=nope.txt'], ['--input=nope.txt', '(No such file or directory)', '--input=FILE']),
     (['--input=.'], ['--input']),
-    (['--input=latin.txt'], ['UTF-8', 'iconv']),
+    (['--input=latin.txt'], ['UTF-8', 'iconv -f latin1']),
+    (['--input=wide.txt'], ['UTF-16', 'iconv -f utf-16le -t utf-8 wide.txt']),
+    (['--input=book.pdf'], ['book.pdf is a PDF', '--input=FILE.txt']),
     (['--input=empty.txt'], ['too short']),
 ])
 def test_prepare_mistakes(folder, refused, flags, words):
     (folder / 'latin.txt').write_bytes(b'caf\xe9')
+    (folder / 'wide.txt').write_text('wide', encoding='utf-16')
+    (folder / 'book.pdf').write_bytes(b'%PDF-1.7')
     (folder / 'empty.txt').write_bytes(b'')
     refused('prepare_shakespeare.py', *flags, words=words)
     assert not os.path.exists('data/shakespeare_char/meta.json')
@@ -489,7 +494,9 @@ def test_another_text_is_recorded_as_such(folder, script):
     path.write_text('Übermut tut selten gut. ' * 50, encoding='utf-8')
     result = script('prepare_shakespeare.py', '--input=mine.txt')
     assert result.code == 0
-    assert 'not the Tiny Shakespeare file' in result.err
+    for words in ('mine.txt is not Tiny Shakespeare', '1,250 bytes, not 1,115,394',
+                  'published losses do not apply', 'prepare_text.py --input=mine.txt --name=NAME'):
+        assert words in result.err
     assert Dataset('shakespeare_char').meta['source'] == dict(
         name='mine.txt',
         url=None,

@@ -171,7 +171,8 @@ def numbers(text):
     return [float(number) for number in NUMBER.findall(text)]
 
 
-def test_the_tour(folder, shakespeare):
+@pytest.mark.filterwarnings('error')
+def test_the_tour(folder, script, shakespeare):
     """docs/tour.py prints every block of docs/tour.md.
 
     Numbers may differ as far as another processor rounds in another way."""
@@ -179,11 +180,9 @@ def test_the_tour(folder, shakespeare):
     tokenizer = CharTokenizer(text)
     write_dataset('data/shakespeare_char', {'train': [(tokenizer.encode(text[:2000]), 2000)]},
                   tokenizer, dict(name='head', url=None, sha256='', stand_in=False))
-    done = subprocess.run([sys.executable, '-W', 'error', str(ROOT / 'docs/tour.py')],
-                          capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
-    assert done.returncode == 0 and done.stderr == '', done.stderr
-    printed = done.stdout.strip().split('\n\n')
+    done = script('docs/tour.py')
+    assert done.code == 0 and done.err == '', done.err
+    printed = done.out.strip().split('\n\n')
     page = (ROOT / 'docs/tour.md').read_text(encoding='utf-8')
     shown = re.findall(r'```text\n(.*?)\n```', page, re.S)
     assert len(shown) == len(printed) == 15

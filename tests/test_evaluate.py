@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import rewrite
+from conftest import COMPILED, TEXT, rewrite
 from torch.nn import functional as F
 
 from lib import checkpoint
@@ -39,9 +39,9 @@ def run(trained, mini):
 
 @pytest.fixture
 def evaluate(script):
-    """Return a function that runs evaluate.py on the CPU."""
+    """Return a function that runs evaluate.py on the CPU, uncompiled unless `flags` say so."""
     def run(*flags):
-        return script('evaluate.py', '--device=cpu', *flags)
+        return script('evaluate.py', '--device=cpu', '--compile=False', *flags)
     return run
 
 
@@ -49,7 +49,7 @@ def evaluate(script):
 def refused_evaluation(refused):
     """Return a function that checks that evaluate.py refuses."""
     def run(*flags, words):
-        return refused('evaluate.py', '--device=cpu', *flags, words=words)
+        return refused('evaluate.py', '--device=cpu', '--compile=False', *flags, words=words)
     return run
 
 
@@ -79,13 +79,19 @@ def by_hand(stride):
 
 
 @pytest.mark.processor
-@pytest.mark.parametrize('stride', [16, 15, 7, 1])
-def test_every_target_once(run, evaluate, stride):
+@pytest.mark.parametrize('stride, compile', [
+    (16, False),
+    (15, False),
+    (7, False),
+    (1, False),
+    pytest.param(7, True, marks=COMPILED),
+])
+def test_every_target_once(run, evaluate, stride, compile):
     nats, targets = by_hand(stride)
-    flags = ['--json=-']
+    flags = ['--json=-', f'--compile={compile}']
     if stride < 16:   # the default stride is block_size, 16
         flags.append(f'--stride={stride}')
-    for batch_size in (1, 5, 10**11):
+    for batch_size in [5] if compile else [1, 5, 10**11]:
         result = evaluate(*flags, f'--batch_size={batch_size}')
         figures = json.loads(result.out)
         assert list(figures) == KEYS
@@ -101,7 +107,7 @@ def test_every_target_once(run, evaluate, stride):
 
 
 def test_ranks_agree(run, forked):
-    flags = ['--device=cpu', '--stride=5', '--batch_size=3']
+    flags = ['--device=cpu', '--stride=5', '--batch_size=3', '--compile=False']
     commands = []
     for ranks in (1, 2, 3):
         commands.append([ranks, 'evaluate.py', *flags, f'--json={ranks}.json'])
@@ -209,6 +215,32 @@ def test_a_dataset_of_another_tokenizer_is_refused(run, refused_evaluation):
     val = [(tokenizer.encode('abc' * 9), 27)]
     write_dataset('data/other', dict(val=val), tokenizer, source)
     refused_evaluation('--dataset=other', words=['another tokenizer'])
+
+
+@pytest.mark.parametrize('characters, fits', [(TEXT, True), ('abc', False)])
+def test_a_dataset_made_anew_after_training_is_told(
+    run, evaluate, refused_evaluation, script, refused, characters, fits,
+):
+    """The model was trained on a stand-in, and the real text has its place now."""
+    saved = checkpoint.load('out/best.pt')
+    saved['data'] |= dict(sha256='of the stand-in', stands_in_for='TINY SHAKESPEARE')
+    for name in ('best.pt', 'last.pt'):
+        checkpoint.save(f'out/{name}', saved)
+    tokenizer = CharTokenizer(characters)
+    part = [(tokenizer.encode(characters[:3] * 99), 297)]
+    source = dict(name='', url=None, sha256='', stand_in=False)
+    write_dataset('data/mini', dict(train=part, val=part), tokenizer, source)
+    if fits:
+        result = evaluate()
+        assert result.code == 0, result.err
+        assert 'note: data/mini was made anew after out/best.pt was trained' in result.err
+    else:
+        words = ['another tokenizer', 'data/mini was made anew after that training',
+                 'train a new model on it, or type --dataset=NAME']
+        refused_evaluation(words=words)
+        refused('train.py', '--init_from=resume', '--max_iters=70', '--device=cpu', words=words)
+    sampled = script('sample.py', '--max_new_tokens=2', '--device=cpu')
+    assert 'trained on a stand-in text, and not on TINY SHAKESPEARE' in sampled.err
 
 
 # ---- where the data is -------------------------------------------------------------------------

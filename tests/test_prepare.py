@@ -185,7 +185,7 @@ def write_false_enwik8(kind):
     ('cut zip', ['--partial'], ['zip']),
     ('cut gzip', [], ['a.gz']),
     ('folder', [], ['folder']),
-    ('missing', [], ['nowhere']),
+    ('missing', [], ['nowhere cannot be read (No such file or directory); type']),
 ])
 def test_a_file_that_is_not_enwik8_is_refused(folder, refused, kind, flags, words):
     path = write_false_enwik8(kind)
@@ -301,6 +301,14 @@ def test_a_dataset_made_anew_replaces_all_shards(folder, script):
     ('a.txt', b'caf\xe9', ['not UTF-8', 'iconv']),
     ('a.txt', b'\xff\xfe\xff', ['not UTF-16', 'iconv']),
     ('a.txt', 'ok é'.encode() * 300_000 + b'\xe2\x82', ['not UTF-8']),
+    ('a.txt', b'%PDF-1.4\n%\xc4\xe5', ['a.txt is a PDF', 'pdftotext', 'type --input=FILE.txt']),
+    ('a.txt', b'%PDF-1.4\nall of it ASCII', ['a PDF']),
+    ('a.txt', b'PK\x03\x04\x14\0', ['a zip archive, as .docx', 'plain text']),
+    ('a.txt', b'\xd0\xcf\x11\xe0\xa1', ['.doc']),
+    ('a.txt', b'{\\rtf1 Hello}', ['RTF']),
+    ('a.txt', gzip.compress(b'x' * 99, mtime=0), ['gzip', 'gunzip']),
+    ('a.txt', 'no mark'.encode('utf-16le'), ['UTF-16', 'iconv -f utf-16le -t utf-8 a.txt']),
+    ('a.txt', 'no mark'.encode('utf-16be'), ['UTF-16', 'iconv -f utf-16be']),
     ('a.txt', b'', ['no text']),
     ('a.txt', END_OF_TEXT.encode() * 3, ['no text']),
     ('a.txt', b'x', ['no text']),

@@ -288,7 +288,7 @@ def place(home, tmp_path, monkeypatch):
 BUDGET = {   # the flags that keep a script's commands short
     'train.py': ['--max_iters=2', '--eval_iters=1', '--device=cpu'],
     'sample.py': ['--max_new_tokens=20', '--device=cpu'],
-    'evaluate.py': ['--device=cpu'],
+    'evaluate.py': ['--device=cpu', '--compile=False'],
     'analyze.py': ['--device=cpu', '--tokens=16', '--windows=2'],
     'export_hf.py': [],
     'export_web.py': [],

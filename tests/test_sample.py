@@ -2,6 +2,7 @@
 import io
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,22 @@ def test_without_a_checkpoint_the_error_names_train(refused, folder):
     refused('sample.py', words=['out/best.pt', 'python train.py'])
 
 
+def test_an_earlier_run_is_named_where_the_new_one_has_no_checkpoint(refused, folder):
+    for n in (1, 2, 10):
+        os.makedirs(f'out/earlier-{n}')
+    for n in (1, 2):
+        Path(f'out/earlier-{n}/best.pt').write_bytes(b'')
+        Path(f'out/earlier-{n}/last.pt').write_bytes(b'')
+    words = ['an earlier run is in out/earlier-2', 'type --out_dir=out/earlier-2']
+    refused('sample.py', words=['out/best.pt', *words])
+    refused('train.py', '--init_from=resume', '--device=cpu', words=['out/last.pt', *words])
+
+
+def test_a_file_as_out_dir_is_a_checkpoint(refused, folder):
+    Path('best.pt').write_bytes(b'')
+    refused('sample.py', '--out_dir=best.pt', words=['is a file', 'type --checkpoint=best.pt'])
+
+
 def test_weights_of_a_wrapped_model_load(folder, trained, script):
     """torch.compile puts a prefix before the names of weights (nanoGPT's issue 19)."""
     loaded = checkpoint.load(f'{trained}/best.pt')
@@ -345,7 +362,9 @@ def test_int8_is_not_measured_without_data(sample):
 
 @pytest.mark.parametrize('flags, words', [
     (['--start=日本'], ["'日'", "'本'", 'vocabulary']),
-    (['--start=FILE:nope.txt'], ['nope.txt']),
+    (['--start=FILE:nope.txt'], ['--start=FILE:nope.txt cannot be read (No such file or directory)',
+                                 'the path of a text file', 'type --start=FILE:path']),
+    (['--start=FILE:.'], ['--start=FILE:.', 'cannot be read (Is a directory)']),
     (['--temperature=-1'], ['temperature=-1', '0 or more']),
     (['--top_k=0'], ['top_k=0']),
     (['--top_k=1.5'], ['top_k=1.5']),
@@ -360,6 +379,7 @@ def test_int8_is_not_measured_without_data(sample):
     (['--quantize=int4'], ['int4', 'int8']),
     (['--dtype=float16'], ['float16']),
     (['--checkpoint=nope.pt'], ['nope.pt', '--checkpoint']),
+    (['--checkpoint=.'], ['is a folder', 'takes a file', 'type --out_dir=.']),
     (['--temprature=1'], ['--temperature']),
 ])
 def test_mistakes(refused, trained, folder, flags, words):

@@ -484,10 +484,10 @@ def test_several_ranks_equal_one_process(mini, script, process):
 def test_micro_steps_that_ranks_cannot_share_are_refused(mini, process):
     argv = [*TINY, '--gradient_accumulation_steps=3']
     done = process('train.py', *argv, launcher=torchrun(ranks=2))
-    errors = [line for line in done.stderr.splitlines() if 'error: ' in line]
+    error, = [line for line in done.stderr.splitlines() if 'error: ' in line]   # of one rank alone
     assert done.returncode != 0
-    assert any('does not divide by 2 ranks' in line
-               and 'type --gradient_accumulation_steps=4' in line for line in errors)
+    assert 'does not divide by 2 ranks' in error
+    assert 'type --gradient_accumulation_steps=4' in error
     assert not os.path.exists('out')
 
 
@@ -589,7 +589,7 @@ def check_rates_follow_time(rows):
 def test_a_time_limit_shorter_than_a_step_makes_one_step(mini, script):
     result = script('train.py', *LONG, '--max_minutes=1e-9')
     assert result.code == 0
-    assert 'done: 1 steps' in result.err
+    assert 'done: 1 step in' in result.err
     assert read_log('out/log.csv')[-1]['val_loss']
 
 
@@ -947,6 +947,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(mini, script, 
     refused('train.py', *TINY, *explode, words=words)
     assert Path('out/last.pt').read_bytes() == last
     assert Path('out/best.pt').read_bytes() == best
+
+
+@pytest.mark.parametrize('learning_rate, diverged', [(30, True), (1e-2, False), (0, False)])
+def test_a_run_that_diverged_is_told_so(mini, script, learning_rate, diverged):
+    """The loss is finite and far above that of equal odds."""
+    result = script('train.py', *TINY, f'--learning_rate={learning_rate}', '--min_lr=0')
+    assert result.code == 0, result.err
+    assert ('this run diverged; type a lower --learning_rate' in result.err) == diverged
+    assert ('equal odds for all tokens' in result.err) == diverged
+    assert not re.search(r'perplexity \d{7}', result.err)   # a huge one is shown as 1.2e+09
+
+
+def test_one_step_is_not_called_steps(mini, script):
+    result = script('train.py', *TINY, '--max_iters=1')
+    assert 'done: 1 step in ' in result.err
+    assert '(1 each on 1 rank) = 64' in result.err
 
 
 @pytest.mark.pictures
