@@ -6,10 +6,15 @@ Which net suits a text and a time? The study behind the table in config/train_te
     python results/own_text/study.py --texts=FOLDER --minutes=1 --sizes=small,medium
     python results/own_text/study.py --report                    # the tables from runs.csv alone
 
-FOLDER holds tinyshakespeare.txt and enwik8_head.gz. Run it on a quiet machine. For the texts on
-which nothing was chosen it also holds kjv.txt, the King James Bible, by Debian's package bible-kjv:
+Run it on a quiet machine. FOLDER holds tinyshakespeare.txt, and enwik8_head.gz, the head of
+Wikipedia's dump. It also holds two texts from Debian's packages linux-doc-6.1 and bible-kjv, the
+documentation of the Linux kernel and the King James Bible:
 
+    find /usr/share/doc/linux-doc-6.1 -name '*.rst.gz' -not -path '*translations*' |
+        LC_ALL=C sort | xargs zcat | head -c 20000000 > FOLDER/kernel.txt
     COLUMNS=80 bible gen1:1-rev22:21 > FOLDER/kjv.txt
+
+The net was chosen on texts of 50 kB, 1 MB and 20 MB, and then tried on enwik8 and the Bible.
 
 A choice is a row of the config's table: the run takes config/train_text.py with that row alone. So
 all else is what a user gets. Each finished run is a line of runs.csv beside this script, and is not
@@ -32,11 +37,10 @@ sys.path.insert(0, str(ROOT))
 from lib.configurator import check, configure  # noqa: E402
 from lib.console import fail, tell, write  # noqa: E402
 from lib.data import extent_of  # noqa: E402
-from lib.prepare import stand_in_text  # noqa: E402
 
 texts = ''                       # folder of the texts named above
 minutes = ''                     # run only these of 1, 10 and 60, with commas between; '': 1,10
-sizes = ''                       # run only these of small, medium, large, manual, bible; '': all
+sizes = ''                       # run only these of small, medium, large, enwik8, bible; '': all
 seed = 1                         # seed of every run
 speed = 1.0                      # minutes that a minute of the study takes; less to try the script
 plan = False                     # print what would be run, with its minutes, and run nothing
@@ -87,7 +91,7 @@ CHOICES = {
         (6, 384, 256, 16, 0.0, 20),
         (6, 256, 256, 16, 0.0, 20)),
     # texts on which nothing was chosen
-    ('manual', 1): (CHOSEN, MAIN_JOB),
+    ('enwik8', 1): (CHOSEN, MAIN_JOB),
     ('bible', 1): (CHOSEN, MAIN_JOB),
     ('bible', 10): (CHOSEN, MAIN_JOB),
 }
@@ -95,8 +99,8 @@ BY_HAND = 60   # minutes of a column that is run only where --minutes names it
 DESCRIBED = {
     'small': 'the first 50,000 characters of Tiny Shakespeare',
     'medium': 'Tiny Shakespeare, 1.1 MB',
-    'large': 'the first 4.2 MB of enwik8 (Wikipedia), as bytes',
-    'manual': "the topics of Python's language reference, 0.5 MB",
+    'large': 'the documentation of the Linux kernel, 20 MB, as bytes',
+    'enwik8': 'Wikipedia, the first 4.2 MB of enwik8, as bytes',
     'bible': 'the King James Bible, 4.3 MB',
 }
 
@@ -106,13 +110,13 @@ DESCRIBED = {
 def text_of(size):
     """Return the text of a size; fail where its file is missing."""
     try:
-        if size == 'manual':
-            return stand_in_text()
         if size == 'bible':
             return (Path(texts) / 'kjv.txt').read_text(encoding='utf-8')
-        if size == 'large':
+        if size == 'large':   # the last character may be cut
+            return (Path(texts) / 'kernel.txt').read_text(encoding='utf-8', errors='ignore')
+        if size == 'enwik8':
             head = gzip.decompress((Path(texts) / 'enwik8_head.gz').read_bytes())
-            return head.decode('utf-8', 'ignore')   # the last character may be cut
+            return head.decode('utf-8', 'ignore')
         whole = (Path(texts) / 'tinyshakespeare.txt').read_text(encoding='utf-8')
         return whole[:50_000] if size == 'small' else whole
     except OSError as error:
@@ -127,7 +131,7 @@ def prepare(size):
     os.makedirs(work, exist_ok=True)
     path = f'{work}/{size}.txt'
     Path(path).write_text(text_of(size), encoding='utf-8', newline='')
-    tokenizer = 'byte' if size == 'large' else 'char'
+    tokenizer = 'byte' if size in ('large', 'enwik8') else 'char'
     run_script('prepare_text.py', f'--input={path}', f'--name={size}', f'--tokenizer={tokenizer}',
                f'--data_dir={work}/data')
 
