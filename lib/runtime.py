@@ -524,6 +524,22 @@ def leave(code):
     sys.exit(code)
 
 
+def place():
+    """Return (rank, ranks), (0, 1) without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(share, ranks):
+    """Return the shares (n, ...) of all ranks, one after another: (ranks * n, ...).
+
+    All ranks must call it together, with shares of one shape."""
+    whole = share.new_empty(ranks * share.size(0), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share)
+    return whole
+
+
 def total(values, device):
     """Return the sum of each number over all ranks."""
     if not dist.is_initialized():
