@@ -164,7 +164,7 @@ class SamplingPlan:
     contexts: list     # numbers of tokens before the first timed one
     contenders: list
     left_out: list     # precisions that are not measured, as the processor emulates them
-    compiled: bool     # whether our steps of a single text are compiled
+    compiled: bool     # whether our steps of a single text can be compiled
 
 
 def plan_sampling():
@@ -186,9 +186,10 @@ def plan_sampling():
     if max(contexts) > longest:
         fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} '
              f'of the {name} net; type --context={longest}')
-    _, compiled = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
     usual = ['float32', 'bfloat16', 'int8']
     precisions = typed or without_emulated(usual)
+    pays = device == 'cpu' or ON_GPU and 'int8' in precisions   # as in sample.py
+    _, compiled = runtime.set_up(device, 'float32', compile, pays=pays)
     left_out = []
     if not typed:
         left_out = [precision for precision in usual if precision not in precisions]
@@ -207,14 +208,19 @@ class Sampler:
     # (model, prompt (1, T), texts, count) -> seconds of each token. The first token's seconds
     # include reading the prompt, which all texts share.
     time_tokens: Any
+    compiled: bool = False   # whether the steps of a single text are compiled
 
 
 def make_sampler(contender, plan):
     """Return a contender's sampler, whose model has random weights."""
     torch.manual_seed(seed)
+    compiled = False
     if contender.who == 'ours':
         model = our_model(contender.precision, plan)
-        time_tokens = time_ours_compiled if plan.compiled else time_ours
+        compiled = plan.compiled
+        if ON_GPU and compile == 'auto':   # as in sample.py
+            compiled = compiled and contender.precision == 'int8'
+        time_tokens = time_ours_compiled if compiled else time_ours
     elif contender.who == 'transformers':
         model = peers.transformers_gpt2(plan.config)
         model.eval().to(device, getattr(torch, contender.precision))
@@ -222,7 +228,7 @@ def make_sampler(contender, plan):
     else:
         model = peers.nanogpt(contender.folder, plan.config).eval().to(device)
         time_tokens = time_nanogpt
-    return Sampler(contender.who, contender.precision, model, time_tokens)
+    return Sampler(contender.who, contender.precision, model, time_tokens, compiled)
 
 
 def our_model(precision, plan):
@@ -245,7 +251,8 @@ def time_ours(model, prompt, texts, count):
 
 def time_ours_compiled(model, prompt, texts, count):
     """Time the same with the step compiled."""
-    return time_steps(model, prompt, texts, count, decoding.compiled_step)
+    step = decoding.GraphedSampling(compiled=True) if ON_GPU else decoding.compiled_step
+    return time_steps(model, prompt, texts, count, step)
 
 
 def time_steps(model, prompt, texts, count, step):
@@ -376,7 +383,7 @@ def sampling_row(timing, rate, texts, T, plan):
         size = weights + texts * cache_bytes(sampler.precision, T, plan.config)
         row.update(prefill_ms=1e3 * statistics.median(timing.prefills),
                    bytes_per_token=size / texts, share_of_read_rate=size / step / rate,
-                   read_gb_per_s=rate / 1e9, compiled=plan.compiled and texts == 1)
+                   read_gb_per_s=rate / 1e9, compiled=sampler.compiled and texts == 1)
     return row
 
 
@@ -661,7 +668,7 @@ def training_row(child, shape):
                tok_per_s=count / step, tok_per_s_min=count / steps[-1],
                tok_per_s_max=count / steps[0], step_ms=1e3 * step,
                compiled=child.facts['compiled'], first_step_s=child.facts['first_s'],
-               peak_memory_mb=child.runs[-1]['memory'], net=shape.net)
+               peak_memory_mb=child.runs[0]['memory'], net=shape.net)
     if shape.growth:
         row['growth'] = shape.growth
     if child.contender.who == 'ours':

@@ -144,7 +144,8 @@ def text(net, idx, chance, sampling=None, **how):
 @COMPILED
 @pytest.mark.parametrize('changes, steps', [
     ({}, [None]),   # learned positions are compiled in test_compiled_sample
-    (dict(pos='rope', n_head=1, n_embd=26, norm='post'), [None, decoding.compiled_step]),
+    (dict(pos='rope', n_head=1, n_embd=26, norm='post'),
+     [None, decoding.compiled_step, decoding.GraphedSampling(compiled=True)]),
 ])
 def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes, steps):
     """The texts reach up to block_size and beyond it. Several texts stay uncompiled."""
@@ -260,6 +261,9 @@ def test_compiling_pays_for_many_tokens_of_one_text():
     big = SimpleNamespace(config=gpt.GPTConfig(), num_params=lambda: 124_439_808)
     assert decoding.compiling_pays(big, 'cpu', 'bfloat16', '', 1000, 1)
     assert not decoding.compiling_pays(net, 'cpu', 'bfloat16', '', 1000, 1)
+    assert decoding.compiling_pays(net, 'cuda', 'bfloat16', 'int8', 100, 1)
+    assert not decoding.compiling_pays(net, 'cuda', 'bfloat16', 'int8', 100, 8)
+    assert not decoding.compiling_pays(big, 'cuda', 'bfloat16', '', 1000, 1)
     assert not decoding.compiling_pays(big, 'cpu', 'bfloat16', '', 100, 1)
     assert not decoding.compiling_pays(big, 'cpu', 'bfloat16', '', 1000, 8)
     assert not decoding.compiling_pays(big, 'cuda', 'bfloat16', '', 1000, 1)
