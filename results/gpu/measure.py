@@ -294,8 +294,8 @@ def gpu_tests():
     need_gpu()
     files = [os.path.join(ROOT, 'tests', f'test_{name}.py') for name in ('gpu', 'fast', 'decoding')]
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', '-k',
-         'gpu or cuda', *files], capture_output=True, text=True, check=False, cwd=ROOT)
+        [sys.executable, '-m', 'pytest', '-n', '0', '-p', 'no:cacheprovider', '-k', 'gpu or cuda',
+         *files], capture_output=True, text=True, check=False, cwd=ROOT)
     print(done.stdout + done.stderr, flush=True)
     lines = done.stdout.strip().splitlines() or ['nothing was printed']
     note('pytest', lines[-1], aim='none failed')
@@ -628,7 +628,7 @@ STEPS = [
     Step(machine, 60),
     Step(rates, 60),
     Step(data, 60),
-    Step(gpu_tests, 150),
+    Step(gpu_tests, 200),
     Step(main_job, 240),
     Step(same_losses, 180),
     Step(main_whole, 180),
@@ -678,7 +678,7 @@ def start_step(step, seconds, results):
                  f'--source={source}', f'--small={small}']
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT,
                                    env=step_environment(), start_new_session=True)
-        status = 'cut off'   # stays if this process is killed
+        status = 'cut off'   # stays where this process is ended
         try:
             while time.monotonic() - began < seconds and status == 'cut off':
                 left = seconds - (time.monotonic() - began)
@@ -688,12 +688,13 @@ def start_step(step, seconds, results):
                 results[name] = outcome(name, status, began)
                 write_results(results)
             if status == 'cut off':
-                results[name] = outcome(name, f'killed after {seconds:.0f} s', began)
-        finally:   # also on Ctrl-C; what the step has started may live on after it
+                status = f'killed after {seconds:.0f} s'
+        finally:   # what the step has started may live on after it
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
-    write_results(results)
+            results[name] = outcome(name, status, began)
+            write_results(results)
 
 
 def outcome(name, status, began):
@@ -702,10 +703,9 @@ def outcome(name, status, began):
 
 
 def step_environment():
-    """Return the environment of a step, in which tiktoken finds GPT-2's merges in data/."""
+    """Return the environment of a step, in which tiktoken has GPT-2's merges in data/."""
     environment = dict(os.environ)
-    if os.path.isdir('data/tiktoken'):
-        environment.setdefault('TIKTOKEN_CACHE_DIR', os.path.abspath('data/tiktoken'))
+    environment.setdefault('TIKTOKEN_CACHE_DIR', os.path.abspath('data/tiktoken'))
     return environment
 
 
