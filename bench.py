@@ -164,7 +164,7 @@ class SamplingPlan:
     contexts: list     # numbers of tokens before the first timed one
     contenders: list
     left_out: list     # precisions that are not measured, as the processor emulates them
-    compiled: bool     # whether our steps of a single text can be compiled
+    compiled: bool     # whether our steps of a single text are compiled
 
 
 def plan_sampling():
@@ -186,10 +186,9 @@ def plan_sampling():
     if max(contexts) > longest:
         fail(f'context={context} and tokens={tokens} do not fit block_size={config.block_size} '
              f'of the {name} net; type --context={longest}')
+    _, compiled = runtime.set_up(device, 'float32', compile, pays=device == 'cpu')
     usual = ['float32', 'bfloat16', 'int8']
     precisions = typed or without_emulated(usual)
-    pays = device == 'cpu' or ON_GPU and 'int8' in precisions   # as in sample.py
-    _, compiled = runtime.set_up(device, 'float32', compile, pays=pays)
     left_out = []
     if not typed:
         left_out = [precision for precision in usual if precision not in precisions]
@@ -208,19 +207,14 @@ class Sampler:
     # (model, prompt (1, T), texts, count) -> seconds of each token. The first token's seconds
     # include reading the prompt, which all texts share.
     time_tokens: Any
-    compiled: bool = False   # whether the steps of a single text are compiled
 
 
 def make_sampler(contender, plan):
     """Return a contender's sampler, whose model has random weights."""
     torch.manual_seed(seed)
-    compiled = False
     if contender.who == 'ours':
         model = our_model(contender.precision, plan)
-        compiled = plan.compiled
-        if ON_GPU and compile == 'auto':   # as in sample.py
-            compiled = compiled and contender.precision == 'int8'
-        time_tokens = time_ours_compiled if compiled else time_ours
+        time_tokens = time_ours_compiled if plan.compiled else time_ours
     elif contender.who == 'transformers':
         model = peers.transformers_gpt2(plan.config)
         model.eval().to(device, getattr(torch, contender.precision))
@@ -228,7 +222,7 @@ def make_sampler(contender, plan):
     else:
         model = peers.nanogpt(contender.folder, plan.config).eval().to(device)
         time_tokens = time_nanogpt
-    return Sampler(contender.who, contender.precision, model, time_tokens, compiled)
+    return Sampler(contender.who, contender.precision, model, time_tokens)
 
 
 def our_model(precision, plan):
@@ -383,7 +377,7 @@ def sampling_row(timing, rate, texts, T, plan):
         size = weights + texts * cache_bytes(sampler.precision, T, plan.config)
         row.update(prefill_ms=1e3 * statistics.median(timing.prefills),
                    bytes_per_token=size / texts, share_of_read_rate=size / step / rate,
-                   read_gb_per_s=rate / 1e9, compiled=sampler.compiled and texts == 1)
+                   read_gb_per_s=rate / 1e9, compiled=plan.compiled and texts == 1)
     return row
 
 

@@ -185,6 +185,9 @@ if compile is True and (device == 'mps' or num_samples > 1 or not kv_cache):
     say('note: compile=True is for one text with kv_cache, on cpu or cuda; nothing is compiled')
     compile = False
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
+if quantize and device.startswith('cuda') and not compile:
+    say('note: uncompiled, a GPU moves five bytes for each int8 weight, and two in bfloat16; '
+        'type --dtype=bfloat16 without --quantize, or for one text --compile=True')
 model.to(device).eval()
 narrow_and_compare(model, opened)
 say(f'{opened.where}, {parameters:,} parameters, '

@@ -65,8 +65,8 @@ class NarrowLinear(nn.Module):
             x = interleaved(x)
         # From 8 rows on F.linear is faster. The int8 kernel reads 16 numbers at a time; where a row
         # is not a multiple of them it reads past the end and crashes. torch's kernel for CUDA walks
-        # along each row with one thread (pytorch PR #190529), so it is not used: compiled_product
-        # reads int8 weights once there, and F.linear after they were written out in dtype.
+        # along each row with one thread (pytorch PR #190529) and is not used. On a GPU compiled
+        # steps read a byte a weight; F.linear moves five, as it first writes weights in dtype.
         int8_kernel = self.scale is not None and x.device.type == 'cpu'
         if int8_kernel and x.size(0) <= 4 and x.size(1) % 16 == 0:
             ones = torch.ones_like(self.scale, dtype=self.dtype)
@@ -204,13 +204,11 @@ def compiled_forward(kind):
 
 
 def compiling_pays(model, device, dtype, quantize, tokens, rows):
-    """Return whether compiled steps are worth their 4 to 7 seconds for so many tokens.
+    """Return whether compiled_step is worth its 4 to 7 seconds for so many tokens.
 
     tokens: those within block_size. Judged by the arguments alone, not by a clock: compiled and
-    uncompiled steps round differently, and the same command must give the same text. On a GPU int8
-    weights are compiled: the uncompiled product moves five bytes for each (not measured yet)."""
-    if device.startswith('cuda'):
-        return quantize == 'int8' and rows == 1 and tokens > 1
+    uncompiled steps round differently, and the same command must give the same text. A GPU saves a
+    fraction of a millisecond on a token, which never pays."""
     size = 1 if quantize else getattr(torch, dtype).itemsize
     # seconds saved on a token, measured by hand
     saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer

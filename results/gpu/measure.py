@@ -462,8 +462,7 @@ def sampling():
     """Tokens a second of 124M at batch 1, 8 and 64, in bf16 and int8, beside transformers."""
     flags = ['--net=124M', '--context=16,900', '--tokens=100']
     ways = [['--batch=1', '--dtype=bfloat16,int8', '--peer=transformers'],
-            ['--batch=1', '--dtype=bfloat16', '--compile=True'],
-            ['--batch=1', '--dtype=int8', '--compile=False'],
+            ['--batch=1', '--dtype=bfloat16,int8', '--compile=True'],
             ['--batch=8,64', '--dtype=bfloat16,int8']]
     if small:
         flags = ['--net=0.8M', '--context=4', '--tokens=2', '--runs=1', '--device=cpu']
@@ -478,8 +477,6 @@ def sampling():
             who = f'{row["who"]} {row["precision"]}'
             if row['compiled']:
                 who += ' compiled'
-            if '--compile=False' in way:
-                who += ' uncompiled'
             aim = ''
             if row['who'] == 'ours' and row['batch'] == 1 and row['precision'] == 'bfloat16':
                 aim = '1,500'
