@@ -175,7 +175,7 @@ def test_measure_in_its_small_form(folder, process):
 
 
 def test_a_step_that_fails_is_written_down(folder, process):
-    """Its traceback is kept, the next step is made, and a mistyped step is refused."""
+    """The traceback is kept, the next step is made, and a mistyped step is refused."""
     done = process('results/gpu/measure.py', '--small', '--to=found', '--source=nowhere',
                    '--steps=evaluation,muon_,rates')
     assert done.returncode == 2
