@@ -245,7 +245,8 @@ def time_ours(model, prompt, texts, count):
 
 def time_ours_compiled(model, prompt, texts, count):
     """Time the same with the step compiled."""
-    return time_steps(model, prompt, texts, count, decoding.compiled_step)
+    step = decoding.GraphedSampling(compiled=True) if ON_GPU else decoding.compiled_step
+    return time_steps(model, prompt, texts, count, step)
 
 
 def time_steps(model, prompt, texts, count, step):
@@ -661,7 +662,7 @@ def training_row(child, shape):
                tok_per_s=count / step, tok_per_s_min=count / steps[-1],
                tok_per_s_max=count / steps[0], step_ms=1e3 * step,
                compiled=child.facts['compiled'], first_step_s=child.facts['first_s'],
-               peak_memory_mb=child.runs[-1]['memory'], net=shape.net)
+               peak_memory_mb=child.runs[0]['memory'], net=shape.net)
     if shape.growth:
         row['growth'] = shape.growth
     if child.contender.who == 'ours':

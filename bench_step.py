@@ -257,6 +257,8 @@ def measure(contender, first, count, clock, profile):
     """Return the figures of `count` steps, from step number `first` on.
 
     profile: whether to wait for a GPU after each part of a step, and to sort its operations."""
+    if ON_GPU:   # after give_way a step first has to allocate its memory again
+        train(contender, first, clock)
     clock.reset(wait if profile else time.perf_counter)
     begun = wait()
     for step in range(first, first + count):
@@ -269,6 +271,14 @@ def measure(contender, first, count, clock, profile):
     if profile:
         figures['kinds'] = kinds_of_operations(contender)
     return figures
+
+
+def give_way():
+    """Return a GPU's memory that holds nothing, so that another contender can have its turn.
+
+    Weights and optimizer states stay. torch would keep what a step needs besides."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def gemm_rate(n, precision):
@@ -341,10 +351,14 @@ os.dup2(2, 1)   # stdout holds answers alone: what a peer prints goes to stderr
 config = check_knobs()
 clock = Clock()
 contender = make_contender(config, clock)
-answer(describe(contender, clock))
+facts = describe(contender, clock)
+give_way()
+answer(facts)
 done = 2   # steps made so far
 for line in sys.stdin:
     order = line.strip()
     count = steps_in(order)
-    answer(measure(contender, done, count, clock, profile=order == 'profile'))
+    figures = measure(contender, done, count, clock, profile=order == 'profile')
+    give_way()
+    answer(figures)
     done += count

@@ -158,7 +158,7 @@ def find_sampling():
 def find_step():
     """Return the function that makes a token: a faster GPT.next_token where there is one."""
     if device.startswith('cuda'):
-        return decoding.GraphedSampling()
+        return decoding.GraphedSampling(compile)
     if compile:
         return decoding.compiled_step
     return GPT.next_token
@@ -181,10 +181,13 @@ cached_tokens = 0
 if kv_cache:
     cached_tokens = min(max_new_tokens, model.config.block_size - len(ids))
 pays = decoding.compiling_pays(model, device, dtype, quantize, cached_tokens, num_samples)
-if compile is True and (device != 'cpu' or num_samples > 1 or not kv_cache):
-    say('note: compile=True is for one text on a processor with kv_cache; nothing is compiled')
+if compile is True and (device == 'mps' or num_samples > 1 or not kv_cache):
+    say('note: compile=True is for one text with kv_cache, on cpu or cuda; nothing is compiled')
     compile = False
 dtype, compile = runtime.set_up(device, dtype, compile, pays=pays)
+if quantize and device.startswith('cuda') and not compile:
+    say('note: uncompiled, a GPU moves five bytes for each int8 weight, and two in bfloat16; '
+        'type --dtype=bfloat16 without --quantize, or for one text --compile=True')
 model.to(device).eval()
 narrow_and_compare(model, opened)
 say(f'{opened.where}, {parameters:,} parameters, '

@@ -5,7 +5,7 @@ A step of one token uses every weight once, so it takes as long as reading the w
 things help. `narrow` keeps the weights in bf16, or in int8 with a scale for each row.
 `compiled_step` reads them in loops that keep up with the memory. On a GPU, where launching some
 200 small kernels takes longer than running them, `GraphedSampling` replays a step as one CUDA
-graph.
+graph, which may hold compiled loops.
 `compiled_step` and `GraphedSampling` compute GPT.next_token, and GPT.stream takes them as `step`.
 Beyond block_size, where no cache helps, GPT.next_token itself runs. Figures: results/sampling/.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lib.data import evaluation_batches
 from lib.evaluation import mean_loss
 from lib.runtime import aside, captured, cpu_has_avx512
-from model import Block, fused_attention
+from model import Block, call, fused_attention
 
 # ---- narrow weights ------------------------------------------------------------------------------
 
@@ -64,7 +64,9 @@ class NarrowLinear(nn.Module):
         if self.words is not None:
             x = interleaved(x)
         # From 8 rows on F.linear is faster. The int8 kernel reads 16 numbers at a time; where a row
-        # is not a multiple of them it reads past the end and crashes.
+        # is not a multiple of them it reads past the end and crashes. torch's kernel for CUDA walks
+        # along each row with one thread (pytorch PR #190529) and is not used. On a GPU compiled
+        # steps read a byte a weight; F.linear moves five, as it first writes weights in dtype.
         int8_kernel = self.scale is not None and x.device.type == 'cpu'
         if int8_kernel and x.size(0) <= 4 and x.size(1) % 16 == 0:
             ones = torch.ones_like(self.scale, dtype=self.dtype)
@@ -205,7 +207,8 @@ def compiling_pays(model, device, dtype, quantize, tokens, rows):
     """Return whether compiled_step is worth its 4 to 7 seconds for so many tokens.
 
     tokens: those within block_size. Judged by the arguments alone, not by a clock: compiled and
-    uncompiled steps round differently, and the same command must give the same text."""
+    uncompiled steps round differently, and the same command must give the same text. A GPU saves a
+    fraction of a millisecond on a token, which never pays."""
     size = 1 if quantize else getattr(torch, dtype).itemsize
     # seconds saved on a token, measured by hand
     saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer
@@ -219,9 +222,12 @@ class GraphedSampling:
 
     A graph reads and writes the same memory at every replay. `seen` and the cache's tensors stay
     where they are. The token and its chance are copied to where the graph reads them. On a
-    processor the step runs without a graph, which is how it is tested there."""
+    processor the step runs without a graph, which is how it is tested there.
 
-    def __init__(self):
+    compiled: whether the graph of a single text is recorded from compiled blocks and head."""
+
+    def __init__(self, compiled=False):
+        self.compiled = compiled
         self.recorded = None   # the cache, and its room, that the graph was recorded for
         self.idx = None        # where the graph reads the token, (B, 1)
         self.chance = None     # where the graph reads its chance, (B, 1)
@@ -242,8 +248,10 @@ class GraphedSampling:
         self.idx = idx.clone()                                                # (B, 1)
         self.chance = None if chance is None else chance.clone()                 # (B, 1)
 
+        run = call_compiled if self.compiled and idx.numel() == 1 else call
+
         def step():
-            return model.next_token(self.idx, cache, seen, self.chance, sampling)
+            return model.next_token(self.idx, cache, seen, self.chance, sampling, run)
 
         self.replay = step
         if idx.device.type == 'cuda':

@@ -94,7 +94,13 @@ def find_device(name):
     if found and index:
         found = kind == 'cuda' and index.isdigit() and int(index) < torch.cuda.device_count()
     if not found:
-        fail(f'device={name}: not on this machine; it has {", ".join(usable)}; type --device=auto')
+        why = ''
+        if kind == 'cuda' and kind not in usable:
+            why = ' (no GPU was found, or no driver for one)'
+            if not torch.version.cuda and not torch.version.hip:
+                why = f' (torch {torch.__version__} was built without CUDA)'
+        fail(f'device={name}: not on this machine{why}; it has {", ".join(usable)}; '
+             f'type --device=auto')
     return name
 
 
@@ -374,7 +380,10 @@ def lock(folder):
 
 @functools.cache
 def side_stream(device):
-    """Return a stream of a GPU, the same in every call: torch keeps a pool of memory for each."""
+    """Return a stream of a GPU, the same in every call: torch keeps a pool of memory for each.
+
+    Steps are tried and captured on the same stream. What torch makes for a stream at its first use
+    is then there before the capture, in which it could not be made (pytorch PR #187745)."""
     return torch.cuda.Stream(device)
 
 
@@ -395,7 +404,7 @@ def captured(step):
 
     The function returns the tensors that step returned, with new values."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side_stream(torch.cuda.current_device())):
         result = step()
 
     def replay():
@@ -522,6 +531,22 @@ def leave(code):
         console.settle()
         os._exit(code)
     sys.exit(code)
+
+
+def place():
+    """Return (rank, ranks), (0, 1) without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(share, ranks):
+    """Return the shares (n, ...) of all ranks, one after another: (ranks * n, ...).
+
+    All ranks must call it together, with shares of one shape."""
+    whole = share.new_empty(ranks * share.size(0), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share)
+    return whole
 
 
 def total(values, device):

@@ -144,7 +144,8 @@ def text(net, idx, chance, sampling=None, **how):
 @COMPILED
 @pytest.mark.parametrize('changes, steps', [
     ({}, [None]),   # learned positions are compiled in test_compiled_sample
-    (dict(pos='rope', n_head=1, n_embd=26, norm='post'), [None, decoding.compiled_step]),
+    (dict(pos='rope', n_head=1, n_embd=26, norm='post'),
+     [None, decoding.compiled_step, decoding.GraphedSampling(compiled=True)]),
 ])
 def test_fp32_text_is_the_same_narrowed_compiled_or_not(changes, steps):
     """The texts reach up to block_size and beyond it. Several texts stay uncompiled."""

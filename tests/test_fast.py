@@ -2,6 +2,7 @@
 import copy
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -485,6 +486,50 @@ def test_orthogonalized_matrices_of_rank_one_stay_small(dtype):
     for _ in range(50):
         x = torch.outer(torch.randn(64), torch.randn(128))[None].to(dtype)
         assert 0.6 < optimizers.orthogonalized(x, 1e-7).float().norm() < 1.6
+
+
+# Rank by rank: a few updates with gradients that all ranks draw alike, beside the same updates made
+# by one process before the ranks have found each other.
+MUON_ON_RANKS = """
+import torch
+from lib import optimizers, runtime
+counted = []
+orthogonalized = optimizers.orthogonalized
+
+def count(x, eps):
+    counted.append(x.size(0))
+    return orthogonalized(x, eps)
+
+optimizers.orthogonalized = count
+
+def updated():
+    counted.clear()
+    rng = torch.Generator().manual_seed(5)
+    shapes = [(12, 12)] * 5 + [(48, 12)] * 2 + [(12, 48)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+    muon = optimizers.Muon(params, precise=True, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=rng)
+        muon.step()
+    return params
+
+alone = updated()
+assert counted == [5, 2, 1] * 3, counted
+rank, ranks, _ = runtime.join_ranks('gloo', 'cpu')
+together = updated()
+shares = {0: [3, 1, 1], 1: [2, 1, 0]}
+assert counted == shares[rank] * 3, counted
+for one, other in zip(alone, together, strict=True):
+    assert torch.equal(one, other)
+runtime.leave(0)
+"""
+
+
+def test_ranks_share_muons_matrices(folder, forked):
+    """Two ranks orthogonalize about half of the matrices each, and get what one process gets."""
+    Path('ranks.py').write_text(MUON_ON_RANKS)
+    forked([2, folder / 'ranks.py'])
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------
