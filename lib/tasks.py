@@ -100,7 +100,8 @@ def _lines(path):
         with open(path, encoding='utf-8-sig') as f:
             return f.read().split('\n')
     except (OSError, UnicodeDecodeError) as error:
-        fail(f'--input={path}: {error}; allowed is a .jsonl in UTF-8; type --input=FILE for one')
+        reason = getattr(error, 'strerror', None) or error
+        fail(f'--input={path}: {reason}; allowed is a .jsonl in UTF-8; type --input=FILE for one')
 
 
 def _hellaswag_texts(item):

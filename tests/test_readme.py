@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -189,6 +190,12 @@ def write_datasets(folder, text):
     return characters
 
 
+def many_words():
+    """Return words with enough different pairs for the documents' largest BPE."""
+    letters = random.Random(1).choices('abcdefghijklmnop ', k=12_000)
+    return ''.join(letters)
+
+
 def write_corpora(hub, monkeypatch):
     """Write shards and stories where huggingface_hub's cache has what it downloads."""
     for name, corpus in list(corpora.CORPORA.items()):
@@ -202,7 +209,7 @@ def write_corpora(hub, monkeypatch):
             write_shard(folder / corpus.val, range(40))
         else:
             for file in (corpus.train, corpus.val):
-                (folder / file).write_text(9 * 'Once there was a cat.\n<|endoftext|>\n')
+                (folder / file).write_text(f'{many_words()}\n<|endoftext|>\nOnce there was a cat.\n')
 
 
 def write_benchmarks(folder, monkeypatch):
