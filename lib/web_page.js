@@ -207,8 +207,9 @@ function showNote(progress = '') {
   if (!ids.length) note += 'The text is empty: the model begins as its texts begin.';
   if (ids.length > block_size) {
     note += `The text has ${plural(ids.length, known.word)}. The model sees the last `
-      + `${block_size}, shown below. It reads them anew for each ${known.word}, because all of `
-      + 'them have moved, and so it writes more slowly now.';
+      + `${block_size}, shown below. Each new ${known.word} moves all of them one place forward, `
+      + `so the model has to read all ${block_size} again. That is about ${block_size} times the `
+      + 'work, and the model writes more slowly now.';
   }
   $('note').textContent = wrong || note;
   $('note').classList.toggle('wrong', Boolean(wrong));
@@ -471,6 +472,7 @@ function showEffect() {
 const KINDS = {
   char: ['character', 'A token is a character here.'],
   byte: ['byte', 'A token is a byte here: a letter of English is one, of other languages several.'],
+  bpe: ['token', 'A token is a short word here, or a part of a longer one.'],
   gpt2: ['token', 'A token is a short word here, or a part of a longer one.'],
 };
 

@@ -219,12 +219,14 @@ def test_gpt2_bpe(opened, gpt2_files):
 def test_a_trained_bpe(opened):
     """encode equals the tokenizer's, decode returns the text."""
     tokenizer = train_bpe(['low lower lowest, new newer newest é é é 中中 ' * 20], 270)
-    page = opened(tiny(vocab_size=270), tokenizer)
+    page = opened(tiny(vocab_size=270), tokenizer, start='low')
     texts = ['low lowest newer', 'aé😀 中文', 'a<|endoftext|>b', '']
     found = page('Promise.all(x.map(text => gpt.encode(text)))', texts)
     for text, ids in zip(texts, found):
         assert ids == tokenizer.encode(text).tolist(), text
     assert page('Promise.all(x.map(ids => gpt.decode(ids)))', found) == texts
+    page.page.wait_for_selector('#next button', timeout=5000)   # the page itself opens, too
+    assert page.page.inner_text('#one') == 'One token'
 
 
 def test_bytes(opened):
