@@ -618,6 +618,7 @@ def knobs_after(config, device):
 @pytest.mark.parametrize('name, parameters', [
     ('train_gpt2.py', 124_439_808),
     ('train_gpt2_nobias.py', 124_412_160),
+    ('train_gpt2_nobias_shakespeare.py', 124_412_160),
     ('train_enwik8_gpt2.py', 163_037_184),
     ('speedrun_fineweb.py', 162_148_608),
 ])
@@ -635,11 +636,26 @@ def test_a_config_makes_its_own_dataset(name, device):
     assert prepare.dataset_made_by(knobs['prepare']) == knobs['dataset']
 
 
-def test_the_config_for_stories_on_a_gpu_has_10_to_30_million_parameters():
-    knobs = knobs_after('train_tinystories.py', 'cuda')
+@pytest.mark.parametrize('name, device, parameters', [
+    ('train_tinystories.py', 'cuda', 26e6),
+    ('train_shakespeare.py', 'cuda', 124_439_808),
+    ('train_shakespeare.py', 'cpu', 14.5e6),
+])
+def test_a_config_has_about_the_parameters_that_it_names(name, device, parameters):
+    knobs = knobs_after(name, device)
     fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
     with torch.device('meta'):
-        assert 25e6 < GPT(GPTConfig(**fields)).num_params() < 27e6
+        assert GPT(GPTConfig(**fields)).num_params() == pytest.approx(parameters, rel=0.02)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_the_published_net_on_shakespeare_keeps_its_setting(device):
+    """The context and dropout are the published ones, and the tokens at most as many."""
+    knobs = knobs_after('train_gpt2_nobias_shakespeare.py', device)
+    assert knobs['block_size'] == 1024 and knobs['dropout'] == 0.1 and not knobs['qkv_bias']
+    sequences = knobs['batch_size'] * knobs['gradient_accumulation_steps']
+    assert knobs['max_iters'] * sequences * 1024 <= 1_100_000
+    assert knobs['max_minutes'] <= 59
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
