@@ -495,6 +495,35 @@ def test_other_tokenizers_are_exported_too(folder, script, gpt2_files, kind):
     assert script('sample.py', '--checkpoint=a.pt', *flags).out == text
 
 
+def eos_ids(folder):
+    """Return the ids of <|endoftext|> that an export's two config files name."""
+    contents = [Path(folder, f'{name}.json').read_text() for name in ('config', 'generation_config')]
+    return [json.loads(content)['eos_token_id'] for content in contents]
+
+
+def test_a_bpe_as_large_as_gpt2s_is_exported_as_itself(folder, script):
+    """It has GPT-2's 50,257 symbols, and other ones."""
+    letters = tokenizers._byte_letters()
+    merges = [f'{left} {right}' for left in letters for right in letters][:50_000]
+    tokenizer = tokenizers.BPETokenizer(merges)
+    assert tokenizer.vocab_size == 50257
+    save_checkpoint('a.pt', small_gpt(block_size=32, vocab_size=50257), tokenizer)
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=exported').code == 0
+    assert eos_ids('exported') == [50256, 50256]
+    assert tokenizers.read_hf_tokenizer('exported').state() == tokenizer.state()
+
+
+def test_a_large_alphabet_has_no_end_of_text(folder, script):
+    """Symbol 50,256 of GPT-2 is <|endoftext|>; here it is a character like any other."""
+    characters = [chr(i) for i in range(10, 51_000)]   # below the halves of surrogate pairs
+    tokenizer = tokenizers.CharTokenizer(characters)
+    save_checkpoint('a.pt', small_gpt(block_size=32, vocab_size=len(characters)), tokenizer)
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=exported').code == 0
+    assert eos_ids('exported') == [None, None]
+    flags = ['--start=ab', '--max_new_tokens=5', *GREEDY]
+    text = script('sample.py', '--checkpoint=a.pt', *flags).out
+    assert script('sample.py', '--init_from=exported', *flags).out == text
+
 def test_an_activation_that_transformers_lacks_is_not_exported(monkeypatch, tmp_path):
     monkeypatch.setitem(gpt.ACTIVATIONS, 'square', torch.square)
     with pytest.raises(ValueError, match="activation='square'"):

@@ -13,7 +13,7 @@ import torch
 from conftest import shared
 from scipy import stats
 
-from lib import checkpoint, inside, web
+from lib import checkpoint, inside, tokenizers, web
 from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, train_bpe
 from model import GPT, GPTConfig, Sampling, chances, probabilities
 
@@ -227,6 +227,18 @@ def test_a_trained_bpe(opened):
     assert page('Promise.all(x.map(ids => gpt.decode(ids)))', found) == texts
     page.page.wait_for_selector('#next button', timeout=5000)   # the page itself opens, too
     assert page.page.inner_text('#one') == 'One token'
+
+
+def test_a_bpe_of_gpt2s_size(opened):
+    """Its tokens' numbers need all of 16 bits, and <|endoftext|> comes after them."""
+    letters = ''.join(tokenizers._byte_letters())
+    merges = [f'{left} {right}' for left in letters for right in letters][:50_000]
+    tokenizer = tokenizers.BPETokenizer(merges)
+    page = opened(tiny(vocab_size=50257, n_layer=1), tokenizer, 'int8')
+    text = 'low lowest<|endoftext|>é 中'
+    ids = page('gpt.encode(x)', text)
+    assert ids == tokenizer.encode(text).tolist() and max(ids) == 50256
+    assert page('gpt.decode(x)', ids) == text
 
 
 def test_bytes(opened):
