@@ -234,8 +234,12 @@ function showFacts() {
     parts.push(`learned from ${facts.dataset}${steps}`);
   }
   if (facts.val_loss) {
-    parts.push(`validation loss ${facts.val_loss.toFixed(3)} nats on text it has not seen, where `
-      + `blind guessing has ${Math.log(config.drawable).toFixed(3)}`);
+    // the perplexity, in words
+    const choices = Math.exp(facts.val_loss);
+    const among = choices < 10 ? choices.toFixed(1) : Math.round(choices).toLocaleString('en');
+    parts.push(`on a text it has not seen, it is as unsure as between ${among} equally likely `
+      + `${word}s, of ${config.drawable.toLocaleString('en')} (a validation loss of `
+      + `${facts.val_loss.toFixed(3)} nats)`);
   }
   parts.push(`sees the last ${plural(config.block_size, word)}`, `weights in ${dtype}`);
   if (state.speed) {
@@ -518,6 +522,7 @@ function begin() {
   connect();
   $('facts').removeAttribute('role');   // a screen reader need not say each new speed
   $('inside').hidden = !known.config.n_layer;
+  $('try-heads').hidden = !known.config.n_layer;
   $('all').hidden = false;
   if (known.facts.parameters > LARGE) state.detailTime = 1000;   // a guess, until it is measured
   showFacts();

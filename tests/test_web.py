@@ -106,7 +106,8 @@ def opened(context, folder):
     def show(model, tokenizer=None, dtype='float32', **options):
         tokenizer = tokenizer or CharTokenizer(CHARS)
         path = folder / f'page{len(pages)}.html'
-        about = facts(tokenizer, start=options.pop('start', ''))
+        about = facts(tokenizer, start=options.pop('start', ''),
+                      val_loss=options.pop('val_loss', None))
         path.write_text(web.make_page(model, tokenizer, dtype, about), encoding='utf-8')
         pages.append(Page(context(**options), path))
         return pages[-1]
@@ -253,8 +254,10 @@ def test_bytes(opened):
 def test_looking_inside(opened):
     """What the page shows is what the model computes: bars, shading, maps, lens, heads off."""
     model = tiny()
-    page = opened(model, start='hello')
+    page = opened(model, start='hello', val_loss=1.5)
     page.settled()
+    said = page.page.inner_text('#facts')
+    assert f'as unsure as between 4.5 equally likely characters, of {len(CHARS)} (' in said
     tokenizer = CharTokenizer(CHARS)
     idx = torch.tensor(tokenizer.encode('hello').astype('int64'))[None]
     with torch.no_grad(), inside.watched(model, [0, 1]) as seen:
