@@ -497,8 +497,11 @@ def test_other_tokenizers_are_exported_too(folder, script, gpt2_files, kind):
 
 def eos_ids(folder):
     """Return the ids of <|endoftext|> that an export's two config files name."""
-    contents = [Path(folder, f'{name}.json').read_text() for name in ('config', 'generation_config')]
-    return [json.loads(content)['eos_token_id'] for content in contents]
+    ids = []
+    for name in ('config', 'generation_config'):
+        content = json.loads(Path(folder, f'{name}.json').read_text())
+        ids.append(content['eos_token_id'])
+    return ids
 
 
 def test_a_bpe_as_large_as_gpt2s_is_exported_as_itself(folder, script):
