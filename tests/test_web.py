@@ -231,7 +231,7 @@ def test_a_trained_bpe(opened):
 
 
 def test_a_bpe_of_gpt2s_size(opened):
-    """Its tokens' numbers need all of 16 bits, and <|endoftext|> comes after them."""
+    """The ids need all of 16 bits, and <|endoftext|> comes after the other tokens."""
     letters = ''.join(tokenizers._byte_letters())
     merges = [f'{left} {right}' for left in letters for right in letters][:50_000]
     tokenizer = tokenizers.BPETokenizer(merges)
