@@ -120,7 +120,8 @@ STUDIES = {
         'char': dict(dataset='shakespeare_char'),
         'byte': dict(dataset='shakespeare_byte'),
         # These tokens are 2.0, 2.4, 3.3 and 3.3 characters long. With fewer sequences, all variants
-        # see as much text.
+        # see as much text. For as much time instead, whatever the text, add
+        # --flags="--max_minutes=1.5 --max_iters=6000 --warmup_iters=200" and another --results.
         'bpe 512': dict(dataset='shakespeare_bpe_512', batch_size=33 if full else 16),
         'bpe 1024': dict(dataset='shakespeare_bpe', batch_size=26 if full else 13),
         'bpe 4096': dict(dataset='shakespeare_bpe_4096', batch_size=19 if full else 10),

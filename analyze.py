@@ -677,7 +677,9 @@ def head_tables(found):
                   f'first. A head is named after a role from {inside.NAMED:.0%} on.',
         ablation=dict(rows=ablation, note=f"Change in loss, nats per token, when the head's output "
                                           f'is zeroed before the projection; on '
-                                          f'{found.batch.source}.'))
+                                          f'{found.batch.source}. This page does not run the '
+                                          f'model: a page by export_web.py does, and has a switch '
+                                          f'for each head.'))
 
 
 def loss_tables(found):

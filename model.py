@@ -531,12 +531,12 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model
 
-    def save_pretrained(self, folder, end=None):
+    def save_pretrained(self, folder, end='auto'):
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
-        end: the id of <|endoftext|>; None: GPT-2's, if the vocabulary has it. Absent biases become
-        zeros, which computes the same. Raises ValueError for a model that GPT-2 cannot express,
-        OSError where the folder cannot be written."""
+        end: the id of <|endoftext|>, or None; 'auto': GPT-2's, if the vocabulary has it. Absent
+        biases become zeros, which computes the same. Raises ValueError for a model that GPT-2
+        cannot express, OSError where the folder cannot be written."""
         # here: the rest of this file needs torch alone
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -566,7 +566,7 @@ class GPT(nn.Module):
             save_file(transposed(weights), path, metadata=dict(format='pt'))
         except SafetensorError as error:   # a full disk
             raise OSError(str(error)) from error
-        if end is None:
+        if end == 'auto':
             end = end_of_text(c)
         for name, content in (('generation_config', hf_generation_config(self, end)),
                               ('config', hf_config(c, end))):

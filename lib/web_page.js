@@ -207,8 +207,9 @@ function showNote(progress = '') {
   if (!ids.length) note += 'The text is empty: the model begins as its texts begin.';
   if (ids.length > block_size) {
     note += `The text has ${plural(ids.length, known.word)}. The model sees the last `
-      + `${block_size}, shown below. It reads them anew for each ${known.word}, because all of `
-      + 'them have moved, and so it writes more slowly now.';
+      + `${block_size}, shown below. Each new ${known.word} moves all of them one place forward, `
+      + `so the model has to read all ${block_size} again. That is about ${block_size} times the `
+      + 'work, and the model writes more slowly now.';
   }
   $('note').textContent = wrong || note;
   $('note').classList.toggle('wrong', Boolean(wrong));
@@ -233,8 +234,12 @@ function showFacts() {
     parts.push(`learned from ${facts.dataset}${steps}`);
   }
   if (facts.val_loss) {
-    parts.push(`validation loss ${facts.val_loss.toFixed(3)} nats on text it has not seen, where `
-      + `blind guessing has ${Math.log(config.drawable).toFixed(3)}`);
+    // the perplexity, in words
+    const choices = Math.exp(facts.val_loss);
+    const among = choices < 10 ? choices.toFixed(1) : Math.round(choices).toLocaleString('en');
+    parts.push(`on a text it has not seen, it is as unsure as between ${among} equally likely `
+      + `${word}s, of ${config.drawable.toLocaleString('en')} (a validation loss of `
+      + `${facts.val_loss.toFixed(3)} nats)`);
   }
   parts.push(`sees the last ${plural(config.block_size, word)}`, `weights in ${dtype}`);
   if (state.speed) {
@@ -471,6 +476,7 @@ function showEffect() {
 const KINDS = {
   char: ['character', 'A token is a character here.'],
   byte: ['byte', 'A token is a byte here: a letter of English is one, of other languages several.'],
+  bpe: ['token', 'A token is a short word here, or a part of a longer one.'],
   gpt2: ['token', 'A token is a short word here, or a part of a longer one.'],
 };
 
@@ -516,6 +522,7 @@ function begin() {
   connect();
   $('facts').removeAttribute('role');   // a screen reader need not say each new speed
   $('inside').hidden = !known.config.n_layer;
+  $('try-heads').hidden = !known.config.n_layer;
   $('all').hidden = false;
   if (known.facts.parameters > LARGE) state.detailTime = 1000;   // a guess, until it is measured
   showFacts();

@@ -1,6 +1,7 @@
 'use strict';
 /*
-Text to token ids and back, as in lib/tokenizers.py: characters, bytes of UTF-8, and BPE, GPT-2's or a trained one.
+Text to token ids and back, as in lib/tokenizers.py: characters, bytes of UTF-8, and BPE, which is
+GPT-2's or a trained one.
 
 A tokenizer has encode(text) -> ids, and bytes(id) -> the token's bytes. Decoding joins the bytes of
 several tokens before it makes characters of them, because a character can be cut in two by tokens.

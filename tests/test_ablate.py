@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KILL, PYTHON, ROOT
+from conftest import KILL, PYTHON, ROOT, TEXT
 
 from lib.data import TrainingWindows, open_dataset
 from model import GPT, GPTConfig
@@ -237,6 +237,21 @@ def test_gradients_through_depth(mini, script):
     again = script('ablate.py', *command)
     assert 'gradients measured' not in again.err
     assert Path('results/ablations/residual.md').read_bytes() == page
+
+
+def test_the_bits_per_byte_of_a_bpe(folder, script):
+    """A token stands for several bytes, and its nats are shared among them."""
+    Path('a.txt').write_text(TEXT)
+    bpe = ['--tokenizer=bpe', '--vocab_size=300', '--name=shakespeare_bpe_512']
+    assert script('prepare_text.py', '--input=a.txt', *bpe).code == 0
+    flags = TINY.replace('mini', 'shakespeare_bpe_512') + ' --max_minutes=1'
+    command = ['tokenizer', '--variants=bpe 512', '--seeds=1', '--device=cpu']
+    assert script('ablate.py', *command, f'--flags={flags}').code == 0
+    [run] = runs_of('tokenizer')
+    data = open_dataset('shakespeare_bpe_512', 'data')
+    predicted = data.split('val')[0].tolist()[1:]
+    bits = run['val_loss'] * len(predicted) / math.log(2)
+    assert run['bits_per_byte'] == pytest.approx(bits / len(data.tokenizer.decode(predicted)))
 
 
 def test_a_diverged_run_is_shown_and_not_repeated(mini, script):

@@ -495,6 +495,36 @@ def test_other_tokenizers_are_exported_too(folder, script, gpt2_files, kind):
     assert script('sample.py', '--checkpoint=a.pt', *flags).out == text
 
 
+def eos_ids(folder):
+    """Return the ids of <|endoftext|> that an export's two config files name."""
+    ids = []
+    for name in ('config', 'generation_config'):
+        content = json.loads(Path(folder, f'{name}.json').read_text())
+        ids.append(content['eos_token_id'])
+    return ids
+
+
+def test_a_bpe_as_large_as_gpt2s_comes_back_as_itself(folder):
+    """It has GPT-2's 50,257 symbols, and other ones."""
+    letters = tokenizers._byte_letters()
+    merges = [f'{left} {right}' for left in letters for right in letters][:50_000]
+    tokenizer = tokenizers.BPETokenizer(merges)
+    assert (tokenizer.vocab_size, tokenizer.end) == (50257, 50256)
+    write_tokenizer(tokenizer)
+    assert tokenizers.read_hf_tokenizer('.').state() == tokenizer.state()
+
+
+def test_a_large_alphabet_has_no_end_of_text(folder, script):
+    """Symbol 50,256 of GPT-2 is <|endoftext|>; here it is a character like any other."""
+    characters = [chr(i) for i in range(10, 51_000)]   # below the halves of surrogate pairs
+    tokenizer = tokenizers.CharTokenizer(characters)
+    save_checkpoint('a.pt', small_gpt(block_size=32, vocab_size=len(characters)), tokenizer)
+    assert script('export_hf.py', '--checkpoint=a.pt', '--to=exported').code == 0
+    assert eos_ids('exported') == [None, None]
+    flags = ['--start=ab', '--max_new_tokens=5', *GREEDY]
+    text = script('sample.py', '--checkpoint=a.pt', *flags).out
+    assert script('sample.py', '--init_from=exported', *flags).out == text
+
 def test_an_activation_that_transformers_lacks_is_not_exported(monkeypatch, tmp_path):
     monkeypatch.setitem(gpt.ACTIVATIONS, 'square', torch.square)
     with pytest.raises(ValueError, match="activation='square'"):
@@ -618,6 +648,7 @@ def knobs_after(config, device):
 @pytest.mark.parametrize('name, parameters', [
     ('train_gpt2.py', 124_439_808),
     ('train_gpt2_nobias.py', 124_412_160),
+    ('train_gpt2_nobias_shakespeare.py', 124_412_160),
     ('train_enwik8_gpt2.py', 163_037_184),
     ('speedrun_fineweb.py', 162_148_608),
 ])
@@ -646,11 +677,26 @@ def test_the_config_for_stories_on_a_processor_has_the_parameters_that_it_names(
     assert round(net.num_params() / 1e6, 1) == 4.2
 
 
-def test_the_config_for_stories_on_a_gpu_has_10_to_30_million_parameters():
-    knobs = knobs_after('train_tinystories.py', 'cuda')
+@pytest.mark.parametrize('name, device, parameters', [
+    ('train_tinystories.py', 'cuda', 26e6),
+    ('train_shakespeare.py', 'cuda', 124_439_808),
+    ('train_shakespeare.py', 'cpu', 14.5e6),
+])
+def test_a_config_has_about_the_parameters_that_it_names(name, device, parameters):
+    knobs = knobs_after(name, device)
     fields = {field: knobs[field] for field in GPTConfig.__dataclass_fields__ if field in knobs}
     with torch.device('meta'):
-        assert 25e6 < GPT(GPTConfig(**fields)).num_params() < 27e6
+        assert GPT(GPTConfig(**fields)).num_params() == pytest.approx(parameters, rel=0.02)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_the_published_net_on_shakespeare_keeps_its_setting(device):
+    """The context and dropout are the published ones, and the tokens at most as many."""
+    knobs = knobs_after('train_gpt2_nobias_shakespeare.py', device)
+    assert knobs['block_size'] == 1024 and knobs['dropout'] == 0.1 and not knobs['qkv_bias']
+    sequences = knobs['batch_size'] * knobs['gradient_accumulation_steps']
+    assert knobs['max_iters'] * sequences * 1024 <= 1_100_000
+    assert knobs['max_minutes'] <= 59
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])

@@ -13,7 +13,7 @@ import torch
 from conftest import shared
 from scipy import stats
 
-from lib import checkpoint, inside, web
+from lib import checkpoint, inside, tokenizers, web
 from lib.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, train_bpe
 from model import GPT, GPTConfig, Sampling, chances, probabilities
 
@@ -106,7 +106,8 @@ def opened(context, folder):
     def show(model, tokenizer=None, dtype='float32', **options):
         tokenizer = tokenizer or CharTokenizer(CHARS)
         path = folder / f'page{len(pages)}.html'
-        about = facts(tokenizer, start=options.pop('start', ''))
+        about = facts(tokenizer, start=options.pop('start', ''),
+                      val_loss=options.pop('val_loss', None))
         path.write_text(web.make_page(model, tokenizer, dtype, about), encoding='utf-8')
         pages.append(Page(context(**options), path))
         return pages[-1]
@@ -219,12 +220,26 @@ def test_gpt2_bpe(opened, gpt2_files):
 def test_a_trained_bpe(opened):
     """encode equals the tokenizer's, decode returns the text."""
     tokenizer = train_bpe(['low lower lowest, new newer newest é é é 中中 ' * 20], 270)
-    page = opened(tiny(vocab_size=270), tokenizer)
+    page = opened(tiny(vocab_size=270), tokenizer, start='low')
     texts = ['low lowest newer', 'aé😀 中文', 'a<|endoftext|>b', '']
     found = page('Promise.all(x.map(text => gpt.encode(text)))', texts)
     for text, ids in zip(texts, found):
         assert ids == tokenizer.encode(text).tolist(), text
     assert page('Promise.all(x.map(ids => gpt.decode(ids)))', found) == texts
+    page.page.wait_for_selector('#next button', timeout=5000)   # the page itself opens, too
+    assert page.page.inner_text('#one') == 'One token'
+
+
+def test_a_bpe_of_gpt2s_size(opened):
+    """The ids need all of 16 bits, and <|endoftext|> comes after the other tokens."""
+    letters = ''.join(tokenizers._byte_letters())
+    merges = [f'{left} {right}' for left in letters for right in letters][:50_000]
+    tokenizer = tokenizers.BPETokenizer(merges)
+    page = opened(tiny(vocab_size=50257, n_layer=1), tokenizer, 'int8')
+    text = 'low lowest<|endoftext|>é 中'
+    ids = page('gpt.encode(x)', text)
+    assert ids == tokenizer.encode(text).tolist() and max(ids) == 50256
+    assert page('gpt.decode(x)', ids) == text
 
 
 def test_bytes(opened):
@@ -239,8 +254,10 @@ def test_bytes(opened):
 def test_looking_inside(opened):
     """What the page shows is what the model computes: bars, shading, maps, lens, heads off."""
     model = tiny()
-    page = opened(model, start='hello')
+    page = opened(model, start='hello', val_loss=1.5)
     page.settled()
+    said = page.page.inner_text('#facts')
+    assert f'as unsure as between 4.5 equally likely characters, of {len(CHARS)} (' in said
     tokenizer = CharTokenizer(CHARS)
     idx = torch.tensor(tokenizer.encode('hello').astype('int64'))[None]
     with torch.no_grad(), inside.watched(model, [0, 1]) as seen:
