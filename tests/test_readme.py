@@ -209,7 +209,8 @@ def write_corpora(hub, monkeypatch):
             write_shard(folder / corpus.val, range(40))
         else:
             for file in (corpus.train, corpus.val):
-                (folder / file).write_text(f'{many_words()}\n<|endoftext|>\nOnce there was a cat.\n')
+                story = f'{many_words()}\n<|endoftext|>\nOnce there was a cat.\n'
+                (folder / file).write_text(story)
 
 
 def write_benchmarks(folder, monkeypatch):
