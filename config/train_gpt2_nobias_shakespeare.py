@@ -37,8 +37,6 @@ min_lr = 0.0
 max_iters = 278       # 569,344 tokens, not two passes over the text
 max_minutes = 45.0
 
-# An evaluation of the whole validation split reads 36,059 tokens, which takes half a minute. It is
-# not training time.
 eval_interval = 100
 eval_iters = 8        # a quarter of the validation split; the last evaluation takes all of it
 log_interval = 5
