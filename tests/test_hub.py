@@ -691,9 +691,9 @@ def test_a_config_has_about_the_parameters_that_it_names(name, device, parameter
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 def test_the_published_net_on_shakespeare_keeps_its_setting(device):
-    """The context and dropout are the published ones, and the tokens at most as many."""
+    """The context is the published one, and the tokens at most as many."""
     knobs = knobs_after('train_gpt2_nobias_shakespeare.py', device)
-    assert knobs['block_size'] == 1024 and knobs['dropout'] == 0.1 and not knobs['qkv_bias']
+    assert knobs['block_size'] == 1024 and not knobs['qkv_bias']
     sequences = knobs['batch_size'] * knobs['gradient_accumulation_steps']
     assert knobs['max_iters'] * sequences * 1024 <= 1_100_000
     assert knobs['max_minutes'] <= 59
