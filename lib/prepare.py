@@ -85,12 +85,10 @@ def _fetch(url, part, size):
 
 
 def _verify(url, part, size, sha256):
-    """Raise OSError where the file `part` is not all of what was expected from url.
+    """Remove the file `part` and raise OSError where it is not the file expected from url.
 
-    Remove it, unless the next try can resume it."""
+    A reply that broke off raised an error before. A shorter file is another one, such as a page."""
     got = os.path.getsize(part)
-    if got < size:
-        raise OSError(f'{url} broke off after {got:,} of {size:,} bytes')
     with open(part, 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if got != size or digest != sha256:
