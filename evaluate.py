@@ -98,8 +98,8 @@ def open_data(opened):
     symbols = Symbols(tokenizer.state(), tokenizer.vocab_size, trained_on=trained_on)
     check_symbols(data, opened.source, symbols)
     if was_replaced(data, trained_on):
-        say(f'note: {data.folder} was made anew after {opened.source} was trained: '
-            f'it holds another text, and the figures are for that text')
+        say(f'note: {data.folder} has other token files than when {opened.source} was trained; '
+            f'the figures are for the present ones')
     return data
 
 

@@ -177,8 +177,12 @@ def source(revision):
 
 def prepare_text():
     """Let prepare_text.py make tokens of the two texts, and note where they are from."""
-    # the most that English text takes
-    tokens_a_byte = dict(gpt2=0.3, bpe=0.6).get(tokenizer, 1)
+    # an upper limit for English: 1,024 symbols of BPE are 2.4 bytes long (results/tokenizing)
+    tokens_a_byte = 1.0
+    if tokenizer == 'gpt2':
+        tokens_a_byte = 0.3
+    elif tokenizer == 'bpe' and vocab_size >= 1024:
+        tokens_a_byte = 0.6
     room = Room(folder, int(2 * tokens_a_byte * TEXT_BYTES), '--data_dir=FOLDER')
     try:
         fetched = fetch(corpus, corpus.revision, [corpus.train, corpus.val], [room])

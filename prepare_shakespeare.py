@@ -108,8 +108,10 @@ except UnicodeDecodeError as error:
          f'iconv -f latin1 -t utf-8 {shlex.quote(path)} > FILE')
 if not source['stand_in'] and source['sha256'] != SHA256:
     source.update(name=os.path.basename(input), url=None)
-    tell(f'note: {input} is not Tiny Shakespeare (its SHA-256 is another; it has {len(raw):,} '
-         f'bytes, not {SIZE:,}): {folder} gets another text, and published losses do not apply '
+    difference = f'it has {len(raw):,} bytes, not {SIZE:,}'
+    if len(raw) == SIZE:
+        difference = 'its SHA-256 is another'
+    tell(f'note: {input} is not Tiny Shakespeare ({difference}): {folder} gets another text, and published losses do not apply '
          f'to it; to leave {folder} alone, type python prepare_text.py '
          f'--input={shlex.quote(input)} --name=NAME')
 parts = split_text(text)

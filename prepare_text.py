@@ -650,8 +650,8 @@ def print_commands():
     tell(f"""now type
     python train.py config/train_text.py {dataset}
     python sample.py --out_dir=out-{name}
-The first command trains for at most ten minutes, with a net for this text and this time. For a \
-larger net and a longer run, add --max_minutes=60 to it.""")
+The first command trains for at most ten minutes, with a net for this text and this time. If the \
+text is long, --max_minutes=60 takes a larger net and more time.""")
     out_dir = os.path.dirname(os.path.expanduser(tokenizer.removeprefix(FROM))) or os.curdir
     if tokenizer.startswith(FROM) and os.path.isfile(os.path.join(out_dir, 'last.pt')):
         tell(f'To go on with the model in {out_dir} instead, type python train.py '

@@ -216,6 +216,7 @@ class Progress:
     skipped: int = 0                # steps without an update, because fp16 overflowed
     best_val_loss: float = math.inf
     val_loss: float = None          # loss of this step's evaluation; None without one
+    train_loss: float = math.inf    # loss of the last log line
     unseen: list = field(default_factory=list)   # (step, loss, gradient norm), not yet looked at
     saved: bool = True              # whether the last save worked
     saved_at: float = 0.0           # time of the last save
@@ -426,6 +427,7 @@ def log_step(share, loss, grad_norm):
     log.row(iter=now.step, tokens=now.step * tokens_per_step, train_loss=loss,
             val_loss=now.val_loss, lr=rate, grad_norm=float(grad_norm), tok_per_s=tok_per_s,
             seconds=now.seconds)
+    now.train_loss = loss
     now.logged_step = now.step + 1
     now.logged_seconds = now.seconds
 
@@ -530,10 +532,16 @@ while True:
 def say_if_diverged():
     """Say where the model, once trained, predicts far worse than equal odds for all tokens."""
     V = model.config.vocab_size
-    if now.step > 0 and now.val_loss > math.log(V) + 0.5:   # a new model begins slightly above ln V
-        say(f'note: equal odds for all tokens have a loss of ln({V}) = {math.log(V):.4f}: '
-            f'this run diverged; type a lower --learning_rate (and --muon_learning_rate), '
-            f'or more --warmup_iters')
+    limit = math.log(V) + 0.5   # a new model begins slightly above ln V
+    if now.step == 0 or now.val_loss < limit:
+        return
+    equal = f'note: equal odds for all tokens have a loss of ln({V}) = {math.log(V):.4f}'
+    if now.train_loss < math.log(V):
+        say(f'{equal}: this run learned the training text by heart; type a higher --dropout, '
+            f'fewer --max_iters, or a smaller net')
+    else:
+        say(f'{equal}: this run diverged; type a lower --learning_rate (and '
+            f'--muon_learning_rate), or more --warmup_iters')
 
 
 log.end()

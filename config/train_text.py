@@ -78,13 +78,14 @@ if _text.symbols > 8192:
     learning_rate = 3e-3
 
 # ---- the steps -----------------------------------------------------------------------------------
-# Two cores compute some 150 GFLOP/s with these nets. The steps are for a machine with four times as
-# much: it takes all the minutes, and so does a slower one, whose rates follow the clock.
+# Two cores compute some 150 GFLOP/s with these nets. The steps are for a machine four times as fast,
+# which takes all the minutes. A slower machine makes fewer steps, and its learning rate follows the
+# clock. A flag replaces its own setting alone: with --batch_size, type --max_iters too.
 _parameters = 12 * n_layer * n_embd**2 + n_embd * _text.symbols
 _flops = 6 * _parameters + 12 * n_layer * n_embd * block_size   # a token, forward and backward
 _speed = 1.5e11 if device == 'cpu' else 5e13                    # FLOP/s; a GPU's was not measured
 _step = batch_size * block_size                                 # tokens
-_most = 4 * 60 * max_minutes * _speed / _flops / _step
+_most = 4 * 60 * max(0.0, max_minutes) * _speed / _flops / _step
 max_iters = 1 + int(min(_most, _passes * _text.tokens / _step))
 warmup_iters = max_iters // 50
 eval_interval = 1 + max_iters // 25   # on two cores some six evaluations, if the time ends the run

@@ -36,9 +36,6 @@ OTHER_WORDS = {
     'prompt': 'start', 'length': 'max_new_tokens', 'accum': 'gradient_accumulation_steps'}
 
 
-_defaults = {}   # {knob: its default} of the script that called configure, for check's advice
-
-
 def exit_on_signals():
     """Let SIGINT, SIGTERM and SIGHUP end the script as sys.exit does, so that it can clean up."""
     for number in ending_signals():
@@ -53,10 +50,18 @@ def ending_signals():
     return numbers
 
 
+class Knobs(dict):
+    """{knob: value} of a script, with the values before config files and flags in `defaults`."""
+
+    def __init__(self, values, defaults):
+        super().__init__(values)
+        self.defaults = defaults
+
+
 def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     """Apply config files and flags to a script's globals, in place.
 
-    Return ({name: value} of all knobs, the names typed or assigned by a config).
+    Return (the Knobs, the names typed or assigned by a config).
     Config files may compute from knobs and branch on them, so they see the flags that come after
     them, too. Those flags then override what the config assigned.
     resolve_device('auto') -> 'cpu' or the like. Config files see the resolved device.
@@ -67,8 +72,6 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     for name, value in knobs.items():
         if not name.startswith('_') and isinstance(value, PLAIN):
             names[name] = value
-    _defaults.clear()
-    _defaults.update(names)
     words = _words(list(sys.argv[1:] if argv is None else argv), names, first, configs)
     if words is None:
         write(_help(knobs, names))
@@ -80,9 +83,10 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     for position, (key, text) in enumerate(words):
         if key is None:
             typed = {name: knobs[name] for name in given}
-            given |= _run_config(text, knobs, names, _values(words[position + 1:], names))
+            later = _values(words[position + 1:], names)
+            given |= _run_config(text, knobs, names, later)
             for name, value in typed.items():
-                if knobs[name] != value:
+                if knobs[name] != value and name not in later:
                     say(f'note: {text} comes after --{name}={value} and sets it to '
                         f'{knobs[name]!r}: the last one wins')
         else:
@@ -90,11 +94,13 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
             knobs[key] = _value(key, text, names)
     if resolve_device:
         knobs['device'] = resolve_device(knobs['device'])
-    return {name: knobs[name] for name in names}, given
+    return Knobs({name: knobs[name] for name in names}, names), given
 
 
 def check(knobs, **rules):
     """Fail for a knob outside its rule.
+
+    knobs: the Knobs that configure returned, whose defaults are advised, or any {knob: value}.
 
     A rule is the least that a number may be, (least, most), or a tuple of the words allowed.
     None is always allowed, where a knob takes it."""
@@ -106,8 +112,9 @@ def check(knobs, **rules):
         else:
             least, most = rule if isinstance(rule, tuple) else (rule, 2**63 - 1)
             good = _is_within(value, least, most)
-            default = _defaults.get(key, least)
-            other = default if _is_within(default, least, most) else least
+            other = getattr(knobs, 'defaults', {}).get(key, least)
+            if not _is_within(other, least, most):
+                other = least
             allowed = f'{least} to {most}' if most < 2**63 - 1 else f'{least} or more, below 2^63'
         if not good:
             fail(f'{key}={_shown(value)}: allowed are {allowed}; type --{key}={other}')
@@ -215,7 +222,7 @@ class _Scope(dict):
 def _run_config(path, knobs, names, later):
     """Run a config file with the knobs as its globals; return the names of those it assigns.
 
-    later: {knob: value} of the flags behind the file, which sees them instead of the knobs."""
+    later: {knob: value} of the flags that come after the file. The file sees these values."""
     seen = {name: knobs[name] for name in names} | later
     scope = _Scope(seen)
     scope.update(__name__='__config__', __file__=path)

@@ -75,9 +75,10 @@ def fail(message):
 
 
 def _wait_for_first_rank():
-    """Give a machine's first rank the time to fail for the same reason: the error is printed once.
+    """Give a machine's first rank the time to fail for the same reason.
 
-    torchrun then ends this rank by SIGTERM. A mistake that only this rank meets is printed late."""
+    torchrun then ends this rank by SIGTERM, and the error is usually printed once. A mistake that
+    only this rank meets is printed late."""
     with contextlib.suppress(ValueError):   # this is not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2)

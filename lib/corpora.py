@@ -2,8 +2,8 @@
 Corpora on Hugging Face's hub: which ones there are, and how their files are fetched and verified.
 
 The downloads are huggingface_hub's. Its cache, mirrors (HF_ENDPOINT), access tokens (HF_TOKEN) and
-offline mode (HF_HUB_OFFLINE) apply. It resumes a file within one process alone. Here a later
-process goes on, too: what came so far stays beside the cache's files as SHA256.part.
+offline mode (HF_HUB_OFFLINE) apply. huggingface_hub resumes a file within one process alone. Here a
+later process goes on, too: what came so far stays beside the cache's files as SHA256.part.
 """
 import contextlib
 import hashlib
@@ -130,8 +130,8 @@ def listing(corpus, revision):
 def download(corpus, revision, file, remote):
     """Return the path of a file in the hub's cache, fetched from where an earlier call ended.
 
-    The cache keeps a file under its SHA-256. hf_hub_download finds it there, and adds the links by
-    which others find it; it would begin with an empty file."""
+    The cache keeps a file under its SHA-256. hf_hub_download finds the file there and adds the links
+    by which others find it. By itself, hf_hub_download would begin the download anew."""
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers

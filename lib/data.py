@@ -226,6 +226,8 @@ def extent_of(name, data_dir='data'):
         letters = int(meta['splits']['train']['bytes'])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
+    if headed_shards(folder, 'train'):
+        sizes = [size - HEADER for size in sizes]
     tokens = sum(sizes) // token_size
     if kind in ('char', 'byte'):
         letters = tokens

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import string
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ NOT_TEXTS = {
 def download(url, path, size, sha256, tries=4):
     """Fetch url to path; the file appears there only once its size and SHA-256 are right.
 
-    size: bytes. A try that broke off is resumed by the next one, also by that of a later process:
-    what came so far stays in path.part. Raises OSError with the reason."""
+    size: bytes. What came before a try broke off stays in path.part. The next try goes on from
+    there, in this process or in a later one. Raises OSError with the reason."""
     part = path + '.part'
     reason = None
     for attempt in range(tries):
@@ -87,7 +88,8 @@ def _fetch(url, part, size):
 def _verify(url, part, size, sha256):
     """Remove the file `part` and raise OSError where it is not the file expected from url.
 
-    A reply that broke off raised an error before. A shorter file is another one, such as a page."""
+    A reply that broke off raised an error before, if it had named its length. Any other shorter
+    file is taken for another one, such as a page."""
     got = os.path.getsize(part)
     with open(part, 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
@@ -139,12 +141,19 @@ def not_a_text(first, name):
     for beginning, (what, advice) in NOT_TEXTS.items():
         if first.startswith(beginning):
             return f'{what}, and only text is read; {advice}, and type --input=FILE.txt'
-    zeros = [first[start::2].count(0) for start in (0, 1)]   # at even and at odd places
-    if 4 * max(zeros) > len(first):   # half of a character of Latin script is a zero in UTF-16
-        order = 'le' if zeros[1] > zeros[0] else 'be'
-        return (f'UTF-16 by its zeros, and only UTF-8 is read without a byte order mark; '
-                f'convert it first: iconv -f utf-16{order} -t utf-8 {name} > FILE')
+    for order in ('le', 'be'):
+        if is_readable(first[:4096].decode(f'utf-16-{order}', 'ignore')):
+            return (f'UTF-16, and here only UTF-8 is read; '
+                    f'convert it first: iconv -f utf-16{order} -t utf-8 {name} > FILE')
     return ''
+
+
+def is_readable(text):
+    """Return whether nine of ten characters are ASCII: letters, digits, marks, blanks.
+
+    Text in UTF-8 that is read as UTF-16 by mistake has almost none of them."""
+    known = sum(character in string.printable for character in text)
+    return bool(text) and known > 0.9 * len(text)
 
 
 # ---- choosing the documents for validation -------------------------------------------------------

@@ -306,7 +306,8 @@ def _resume(knobs, given):
     if found is not None:
         knobs['data_dir'] = found
     vocab_size = resumed['model_args'].get('vocab_size')
-    symbols = Symbols(resumed.get('tokenizer'), vocab_size, True, _trained_on(resumed))
+    symbols = Symbols(resumed.get('tokenizer'), vocab_size, padded=True,
+                      trained_on=_trained_on(resumed))
     return Start(resumed=resumed, path=path, symbols=symbols)
 
 
@@ -370,7 +371,7 @@ def check_symbols(data, path, symbols):
 
 
 def was_replaced(data, trained_on):
-    """Return whether a dataset holds another text than when a model was trained on it.
+    """Return whether a dataset has other token files than when a model was trained on it.
 
     trained_on: what the model's checkpoint says about its text; {} where that is not known."""
     now = data.fingerprint()

@@ -489,6 +489,13 @@ def test_prepare_mistakes(folder, refused, flags, words):
     assert not os.path.exists('data/shakespeare_char/meta.json')
 
 
+def test_an_edited_shakespeare_is_not_shakespeare(folder, script):
+    (folder / 'edited.txt').write_bytes(b'Farst Citizen:\n' * 74_359 + b'ninebytes')
+    result = script('prepare_shakespeare.py', '--input=edited.txt')
+    assert result.code == 0, result.err
+    assert 'edited.txt is not Tiny Shakespeare (its SHA-256 is another): ' in result.err
+
+
 def test_another_text_is_recorded_as_such(folder, script):
     path = folder / 'mine.txt'
     path.write_text('Übermut tut selten gut. ' * 50, encoding='utf-8')

@@ -959,6 +959,19 @@ def test_a_run_that_diverged_is_told_so(mini, script, learning_rate, diverged):
     assert not re.search(r'perplexity \d{7}', result.err)   # a huge one is shown as 1.2e+09
 
 
+def test_a_text_learned_by_heart_is_not_called_diverged(mini, script):
+    tokenizer = CharTokenizer('abcd')
+    splits = {split: [(tokenizer.encode(text), len(text))]
+              for split, text in (('train', 'ab' * 200), ('val', 'cd' * 200))}
+    source = dict(name='', url=None, sha256='', stand_in=False)
+    write_dataset('data/heart', splits, tokenizer, source)
+    result = script('train.py', *TINY, '--dataset=heart', '--max_iters=100', '--learning_rate=1e-2',
+                    '--warmup_iters=0', '--eval_interval=100')
+    assert result.code == 0, result.err
+    assert 'learned the training text by heart; type a higher --dropout' in result.err
+    assert 'diverged' not in result.err
+
+
 def test_one_step_is_not_called_steps(mini, script):
     result = script('train.py', *TINY, '--max_iters=1')
     assert 'done: 1 step in ' in result.err

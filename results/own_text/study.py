@@ -262,16 +262,21 @@ def wanted():
 
 def check_words():
     """Fail for a text or a number of minutes that the study does not have."""
-    check(knobs, seed=0, speed=0)
+    check(knobs, seed=0)
+    if speed <= 0:
+        fail(f'speed={speed}: allowed are numbers above 0; type --speed=1')
+    if speed != 1 and 'results' not in given:
+        fail(f'speed={speed}: a trial run must not count as a run of the study; '
+             f'type --results=FOLDER with a copy of README.md')
     all_sizes = list(dict.fromkeys(size for size, _ in CHOICES))
     for size in filter(None, sizes.split(',')):
         if size not in all_sizes:
-            fail(f'sizes={sizes}: {size} is not one; allowed are {", ".join(all_sizes)}; '
+            fail(f'sizes={sizes}: there is no text {size}; allowed are {", ".join(all_sizes)}; '
                  f'type --sizes=small')
     all_columns = sorted({str(column) for _, column in CHOICES}, key=int)
     for column in filter(None, minutes.split(',')):
         if column not in all_columns:
-            fail(f'minutes={minutes}: {column} is not one; allowed are {", ".join(all_columns)}; '
+            fail(f'minutes={minutes}: there is no column {column}; allowed are {", ".join(all_columns)}; '
                  f'type --minutes=1')
 
 
