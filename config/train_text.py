@@ -78,8 +78,8 @@ if _text.symbols > 8192:
     learning_rate = 3e-3
 
 # ---- the steps -----------------------------------------------------------------------------------
-# Two cores compute some 150 GFLOP/s with these nets. The steps are for a machine four times as fast,
-# which takes all the minutes. A slower machine makes fewer steps, and its learning rate follows the
+# Two cores compute some 150 GFLOP/s with these nets. The steps are for a machine that is four times
+# as fast. Such a machine takes all the minutes. A slower machine makes fewer steps, and its learning rate follows the
 # clock. A flag replaces its own setting alone: with --batch_size, type --max_iters too.
 _parameters = 12 * n_layer * n_embd**2 + n_embd * _text.symbols
 _flops = 6 * _parameters + 12 * n_layer * n_embd * block_size   # a token, forward and backward

@@ -130,8 +130,8 @@ def listing(corpus, revision):
 def download(corpus, revision, file, remote):
     """Return the path of a file in the hub's cache, fetched from where an earlier call ended.
 
-    The cache keeps a file under its SHA-256. hf_hub_download finds the file there and adds the links
-    by which others find it. By itself, hf_hub_download would begin the download anew."""
+    The cache keeps a file under its SHA-256. hf_hub_download finds the file there and adds the
+    links by which others find it. By itself, hf_hub_download would begin the download anew."""
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers

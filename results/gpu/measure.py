@@ -297,7 +297,8 @@ def gpu_tests():
     files = [os.path.join(ROOT, 'tests', f'test_{name}.py') for name in ('gpu', 'fast', 'decoding')]
     done = subprocess.run(
         [sys.executable, '-m', 'pytest', '-n', '0', '-p', 'no:cacheprovider',
-         '-k', '(gpu or cuda) and not measure and not step_that_fails', *files], capture_output=True, text=True, check=False, cwd=ROOT)
+         '-k', '(gpu or cuda) and not measure and not step_that_fails', *files],
+        capture_output=True, text=True, check=False, cwd=ROOT)
     print(done.stdout + done.stderr, flush=True)
     lines = done.stdout.strip().splitlines() or ['nothing was printed']
     note('pytest', lines[-1], aim='none failed')

@@ -276,8 +276,8 @@ def check_words():
     all_columns = sorted({str(column) for _, column in CHOICES}, key=int)
     for column in filter(None, minutes.split(',')):
         if column not in all_columns:
-            fail(f'minutes={minutes}: there is no column {column}; allowed are {", ".join(all_columns)}; '
-                 f'type --minutes=1')
+            fail(f'minutes={minutes}: there is no column {column}; '
+                 f'allowed are {", ".join(all_columns)}; type --minutes=1')
 
 
 # ---- the tables ----------------------------------------------------------------------------------
