@@ -112,8 +112,8 @@ if not source['stand_in'] and source['sha256'] != SHA256:
     if len(raw) == SIZE:
         difference = 'its SHA-256 is another'
     tell(f'note: {input} is not Tiny Shakespeare ({difference}): {folder} gets another text, '
-         f'and published losses do not apply to it; to leave {folder} alone, type python prepare_text.py '
-         f'--input={shlex.quote(input)} --name=NAME')
+         f'and published losses do not apply to it; to leave {folder} alone, type '
+         f'python prepare_text.py --input={shlex.quote(input)} --name=NAME')
 parts = split_text(text)
 if tokenizer == 'bpe':
     vocabulary = train_bpe(pieces([parts['train']]), vocab_size)

@@ -79,9 +79,9 @@ if _text.symbols > 8192:
 
 # ---- the steps -----------------------------------------------------------------------------------
 # Two cores compute some 150 GFLOP/s with these nets. The steps are for a machine that is four times
-# as fast. Such a machine takes all the minutes. A slower machine makes fewer steps, and its learning
-# rate follows the clock. A flag replaces its own setting alone: with --batch_size, type --max_iters
-# too.
+# as fast. Such a machine takes all the minutes. A slower machine makes fewer steps, and its
+# learning rate follows the clock. A flag replaces its own setting alone: with --batch_size, type
+# --max_iters too.
 _parameters = 12 * n_layer * n_embd**2 + n_embd * _text.symbols
 _flops = 6 * _parameters + 12 * n_layer * n_embd * block_size   # a token, forward and backward
 _speed = 1.5e11 if device == 'cpu' else 5e13                    # FLOP/s; a GPU's was not measured
