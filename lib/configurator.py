@@ -36,6 +36,9 @@ OTHER_WORDS = {
     'prompt': 'start', 'length': 'max_new_tokens', 'accum': 'gradient_accumulation_steps'}
 
 
+_defaults = {}   # {knob: its default} of the running script, which check's errors suggest
+
+
 def exit_on_signals():
     """Let SIGINT, SIGTERM and SIGHUP end the script as sys.exit does, so that it can clean up."""
     for number in ending_signals():
@@ -50,18 +53,10 @@ def ending_signals():
     return numbers
 
 
-class Knobs(dict):
-    """{knob: value} of a script, with the values before config files and flags in `defaults`."""
-
-    def __init__(self, values, defaults):
-        super().__init__(values)
-        self.defaults = defaults
-
-
 def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     """Apply config files and flags to a script's globals, in place.
 
-    Return (the Knobs, the names typed or assigned by a config).
+    Return ({name: value} of all knobs, the names typed or assigned by a config).
     Config files may compute from knobs and branch on them, so they see the flags that come after
     them, too. Those flags then override what the config assigned.
     resolve_device('auto') -> 'cpu' or the like. Config files see the resolved device.
@@ -72,6 +67,8 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
     for name, value in knobs.items():
         if not name.startswith('_') and isinstance(value, PLAIN):
             names[name] = value
+    _defaults.clear()
+    _defaults.update(names)
     words = _words(list(sys.argv[1:] if argv is None else argv), names, first, configs)
     if words is None:
         write(_help(knobs, names))
@@ -94,13 +91,11 @@ def configure(knobs, resolve_device=None, argv=None, first=None, configs=True):
             knobs[key] = _value(key, text, names)
     if resolve_device:
         knobs['device'] = resolve_device(knobs['device'])
-    return Knobs({name: knobs[name] for name in names}, names), given
+    return {name: knobs[name] for name in names}, given
 
 
 def check(knobs, **rules):
     """Fail for a knob outside its rule.
-
-    knobs: the Knobs that configure returned, whose defaults are advised, or any {knob: value}.
 
     A rule is the least that a number may be, (least, most), or a tuple of the words allowed.
     None is always allowed, where a knob takes it."""
@@ -112,7 +107,7 @@ def check(knobs, **rules):
         else:
             least, most = rule if isinstance(rule, tuple) else (rule, 2**63 - 1)
             good = _is_within(value, least, most)
-            other = getattr(knobs, 'defaults', {}).get(key, least)
+            other = _defaults.get(key, least)
             if not _is_within(other, least, most):
                 other = least
             allowed = f'{least} to {most}' if most < 2**63 - 1 else f'{least} or more, below 2^63'
