@@ -142,7 +142,8 @@ def not_a_text(first, name):
         if first.startswith(beginning):
             return f'{what}, and only text is read; {advice}, and type --input=FILE.txt'
     for order in ('le', 'be'):
-        if is_readable(first[:4096].decode(f'utf-16-{order}', 'ignore')):
+        text = first[:4096].decode(f'utf-16-{order}', 'ignore')
+        if is_readable(text.removeprefix('\ufeff')):   # without the mark, if there is one
             return (f'UTF-16, and here only UTF-8 is read; '
                     f'convert it first: iconv -f utf-16{order} -t utf-8 {name} > FILE')
     return ''

@@ -282,8 +282,8 @@ def test_a_config_sees_flags_on_both_sides_of_it(folder, capsys):
     assert (knobs['out_dir'], knobs['max_iters']) == ('out-x-10', 0)
     assert overridden(path, '--name=a', '--name=b')['out_dir'] == 'out-b-10'
     assert 'note' not in capsys.readouterr().err   # the config did not win
-    overridden('--max_iters=4', config(folder, 'max_iters = 10'))
-    assert 'note: c.py comes after --max_iters=4 and sets it to 10' in capsys.readouterr().err
+    overridden('--max_iters=4', config(folder, 'max_iters = 10', 'ten.py'))
+    assert 'note: ten.py comes after --max_iters=4 and sets it to 10' in capsys.readouterr().err
     config(folder, 'pass', 'other.py')
     assert overridden(path, 'other.py', '--name=c')['out_dir'] == 'out-c-10'
     assert overridden('--name=a', 'other.py', '--name=b')['name'] == 'b'

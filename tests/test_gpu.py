@@ -180,8 +180,8 @@ def test_a_step_that_fails_is_written_down(folder, process):
                    '--steps=evaluation,muon_,rates')
     assert done.returncode == 2
     assert 'steps=muon_' in done.stderr
-    Path('data/small').mkdir(parents=True)
-    Path('data/small/train.bin').touch()
+    Path('data/gpu_small').mkdir(parents=True)
+    Path('data/gpu_small/train.bin').touch()
     done = process('results/gpu/measure.py', '--small', '--to=found', '--steps=evaluation,rates')
     assert done.returncode == 0, done.stderr
     found = json.loads(Path('found/measured.json').read_text())

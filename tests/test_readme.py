@@ -273,6 +273,7 @@ def home(tmp_path_factory):
         command = [PYTHON, str(ROOT / 'train.py'), str(ROOT / config), *small]
         subprocess.run(command, cwd=home, check=True, timeout=120)
     shutil.copytree(home / 'out', home / 'out-mine')
+    shutil.copytree(home / 'out', home / 'out-speedrun')
     shutil.copytree(home / 'out', home / 'out-shakespeare')
     shutil.copytree(home / 'out', home / 'out-tinystories')
     shutil.copytree(home / 'gpt2-folder', home / 'exported')
