@@ -965,8 +965,8 @@ def test_a_text_learned_by_heart_is_not_called_diverged(mini, script):
               for split, text in (('train', 'ab' * 200), ('val', 'cd' * 200))}
     source = dict(name='', url=None, sha256='', stand_in=False)
     write_dataset('data/heart', splits, tokenizer, source)
-    result = script('train.py', *TINY, '--dataset=heart', '--max_iters=100', '--learning_rate=1e-2',
-                    '--warmup_iters=0', '--eval_interval=100')
+    result = script('train.py', *TINY, '--dataset=heart', '--max_iters=100', '--learning_rate=5e-2',
+                    '--decay_lr=False', '--warmup_iters=0', '--eval_interval=100')
     assert result.code == 0, result.err
     assert 'learned the training text by heart; type a higher --dropout' in result.err
     assert 'diverged' not in result.err
