@@ -37,7 +37,7 @@ from scipy import stats
 
 from lib import plots
 from lib.configurator import check, configure, ending_signals
-from lib.console import fail, say, write
+from lib.console import counted, fail, say, write
 from lib.data import Dataset, TrainingWindows, how_to_make, open_dataset
 from lib.fast import TrainingLoss
 from lib.optimizers import Optimizers, Schedule, TrainingStep
@@ -149,11 +149,6 @@ STUDIES = {
         '+ untied head, zero init': UNTIED | dict(against='+ ReLU²'),
         '+ Muon': UNTIED | dict(optimizer='muon', against='+ untied head, zero init')}),
 }
-
-
-def counted(number, noun):
-    """Return '1 run' or '2 runs'."""
-    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def marked(variant, baseline):

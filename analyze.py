@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from lib import inside, plots
 from lib.configurator import check, configure, exit_on_signals
-from lib.console import fail, read_prompt, say, write
+from lib.console import counted, fail, read_prompt, say, write
 from lib.data import open_first, with_split
 from lib.pages import as_json, fill
 from lib.runtime import find_device, set_up
@@ -76,11 +76,6 @@ notes = []   # what the page repeats of the notes on stderr
 def note(line):
     notes.append(line)
     say('note: ' + line)
-
-
-def counted(number, noun):
-    """Return '1 token' or '2 tokens'."""
-    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
 
 
 def share(fraction):

@@ -662,6 +662,7 @@ def training_row(child, shape):
                tok_per_s=count / step, tok_per_s_min=count / steps[-1],
                tok_per_s_max=count / steps[0], step_ms=1e3 * step,
                compiled=child.facts['compiled'], first_step_s=child.facts['first_s'],
+               # of the first run: later peaks include the products that were timed in between
                peak_memory_mb=child.runs[0]['memory'], net=shape.net)
     if shape.growth:
         row['growth'] = shape.growth

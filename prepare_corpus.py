@@ -177,7 +177,7 @@ def source(revision):
 
 def prepare_text():
     """Let prepare_text.py make tokens of the two texts, and note where they are from."""
-    # an upper limit for English: 1,024 symbols of BPE are 2.4 bytes long (results/tokenizing)
+    # upper limits for English: a token of a BPE with 1,024 symbols has 2.4 bytes on average
     tokens_a_byte = 1.0
     if tokenizer == 'gpt2':
         tokens_a_byte = 0.3

@@ -98,7 +98,7 @@ if len(raw) > LONGEST:
     fail(f'{path} has more than the {LONGEST:,} bytes that this script reads at once; '
          f'type python prepare_text.py --input=FILE --name=NAME')
 source['sha256'] = hashlib.sha256(raw).hexdigest()
-problem = not_a_text(raw[:1 << 20], shlex.quote(path))
+problem = not_a_text(raw, shlex.quote(path))
 if problem:
     fail(f'{path} is {problem}')
 try:

@@ -23,15 +23,17 @@ _text = extent_of(dataset, data_dir)
 
 # ---- the table -----------------------------------------------------------------------------------
 # A text's length is in letters: characters, or bytes where a token stands for several. The first
-# row that is large enough counts. The study in results/own_text has texts of 50 kB, 1 MB and 20 MB,
-# and runs of 1 and 10 minutes. The limits of the rows lie between these, at about equal ratios.
+# row that is large enough counts. The limits of the rows lie between texts of 50 kB, 1 MB and
+# 20 MB, and between 1, 10 and 60 minutes, at about equal ratios.
 #
-# The rows of 60 minutes were not measured. In an hour a text of 1 MB is read some 13 times, and
-# gets the width and the dropout of nanoGPT's recipe for a GPU.
+# results/own_text/study.py compares nets for these texts and times, and was not run yet. The nets
+# for 1 MB and 1 or 10 minutes are those of results/speed.md. All else is a guess. In an hour a text
+# of 1 MB is read some 13 times, and gets the width and the dropout of nanoGPT's recipe for a GPU.
+_SHORT = 200_000   # letters
 _ANY = float('inf')
 _TABLE = (
     # letters  minutes  n_layer  n_embd  context  batch_size  dropout  passes
-    (200_000,     _ANY,       4,    128,     128,          8,     0.2,     15),
+    (_SHORT,      _ANY,       4,    128,     128,          8,     0.2,     15),
     (4_000_000,    3.2,       4,    128,     128,         16,     0.0,     20),
     (4_000_000,   25.0,       4,    256,     256,         16,     0.1,     20),
     (4_000_000,   _ANY,       6,    384,     256,         16,     0.2,     20),
@@ -43,7 +45,7 @@ _TABLE = (
 _minutes = max_minutes if device == 'cpu' else _ANY
 _row = next(row for row in _TABLE if _text.letters <= row[0] and _minutes <= row[1])
 _, _, n_layer, n_embd, block_size, batch_size, dropout, _passes = _row
-if device != 'cpu' and _text.letters > 200_000:
+if device != 'cpu' and _text.letters > _SHORT:
     batch_size = 4 * batch_size   # keeps a GPU busy; a short text needs small steps, and many
 n_head = n_embd // 64   # heads of 64 dimensions, GPT-2's size
 
@@ -73,7 +75,7 @@ block_size = max(1, min(block_size, _text.longest - 1))   # a window and the tok
 if _text.symbols > 8192:
     # GPT-2's vocabulary: an embedding for each of 50,257 symbols is larger than the rest of such a
     # net, and most of the symbols are rare in a short text. So the head shares the embedding, with
-    # a rate of about GPT-2's. --tokenizer=bpe suits a small net better (results/ablations).
+    # a rate of about GPT-2's.
     tie_weights = True
     learning_rate = 3e-3
 

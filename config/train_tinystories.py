@@ -27,10 +27,9 @@ log_interval = 50
 
 if device == 'cpu':
     # 4.2M parameters. The tokens are learned from the stories. With GPT-2's 50,257 tokens, the head
-    # alone would take most of the time of a net this small. With bytes the context would be a
-    # quarter as long, and the token files would take 4.5 GB. On the King James Bible, which has as
-    # simple words, a token of 2,048 stands for 3.4 bytes. Learning them reads all stories once: up
-    # to half an hour at the 1.4 to 2.5 MB/s in results/tokenizing.
+    # alone would take most of the time of a net this small. With bytes the context would be about a
+    # third as long, and the token files would take 4.5 GB. Learning the tokens reads all stories
+    # once: up to half an hour at the 1.4 to 2.5 MB/s in results/tokenizing.
     # run when the data is missing
     prepare = 'prepare_corpus.py --name=tinystories --tokenizer=bpe --vocab_size=2048'
     tie_weights = False

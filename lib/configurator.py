@@ -7,8 +7,8 @@ A script assigns its knobs at module level, a comment beside each, and then call
     python train.py config/train_shakespeare_char.py --batch_size=32 --dtype float32 --eval_only
 
 Config files are Python run with the knobs as their globals. Flags are `--key=value`, `--key value`,
-or `--key` for True. They apply from left to right, so the last one wins. A config file sees the
-flags behind it as well. `--help` lists the knobs.
+or `--key` for True. They apply from left to right, so the last one wins. A config file also sees
+the flags that follow it. `--help` lists the knobs.
 """
 import ast
 import difflib

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lib.console import fail
 
 MB = 1_000_000   # bytes, as disks are sold
-PART = '.part'   # the end of a name in the cache, of a file that is not whole yet
+PART = '.part'   # suffix in the cache of a file that is not complete yet
 
 
 @dataclass

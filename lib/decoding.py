@@ -207,8 +207,8 @@ def compiling_pays(model, device, dtype, quantize, tokens, rows):
     """Return whether compiled_step is worth its 4 to 7 seconds for so many tokens.
 
     tokens: those within block_size. Judged by the arguments alone, not by a clock: compiled and
-    uncompiled steps round differently, and the same command must give the same text. A GPU saves a
-    fraction of a millisecond on a token, which never pays."""
+    uncompiled steps round differently, and the same command must give the same text. Nothing was
+    measured on a GPU, where compiling is assumed to save less than it costs."""
     size = 1 if quantize else getattr(torch, dtype).itemsize
     # seconds saved on a token, measured by hand
     saved = 25e-12 * size * model.num_params() + 0.25e-3 * model.config.n_layer

@@ -43,8 +43,8 @@ NOT_TEXTS = {
 def download(url, path, size, sha256, tries=4):
     """Fetch url to path; the file appears there only once its size and SHA-256 are right.
 
-    size: bytes. What came before a try broke off stays in path.part. The next try goes on from
-    there, in this process or in a later one. Raises OSError with the reason."""
+    size: bytes. When a try breaks off, the bytes received stay in path.part. The next try goes on
+    from there, in this process or in a later one. Raises OSError with the reason."""
     part = path + '.part'
     reason = None
     for attempt in range(tries):

@@ -226,6 +226,11 @@ def test_the_study_runs_what_is_not_finished(folder, script, shakespeare):
     (['--sizes=huge'], ['huge', 'small, medium, large', '--sizes=small']),
     (['--minutes=5'], ['5', '1, 10, 60', '--minutes=1']),
     (['--sizes=bible', '--minutes=1'], ['kjv.txt', '--texts=FOLDER']),
+    (['--speed=0'], ['speed=0', 'above 0', '--speed=1']),
 ])
 def test_mistakes_in_the_study(folder, refused, flags, words):
     refused(STUDY, '--results=.', *flags, words=words)
+
+
+def test_a_trial_of_the_study_does_not_count_as_a_run(folder, refused):
+    refused(STUDY, '--speed=0.1', words=['trial run', '--results=FOLDER'])

@@ -39,7 +39,7 @@ from lib.configurator import check, configure, exit_on_signals
 from lib.console import fail, say
 
 steps = ''        # names of steps with commas between, measured again; '': all not yet done
-minutes = 25.0    # time after which the last step is killed; none begins with half its limit left
+minutes = 25.0    # after these the running step is killed; a step needs half its limit to begin
 small = False     # tiny nets and a few steps of training: shows that the script works
 to = 'results/gpu'   # folder of the results
 source = os.environ.get('SHARED_DATA', '')   # folder with the texts, for the step `data`
@@ -121,13 +121,13 @@ def command(*words, code=0):
         done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags], check=False,
                               stdout=subprocess.PIPE, stderr=said, text=True, errors='replace')
         said.seek(0)
-        words = said.read()
+        errors = said.read()
     os.remove(said_file(child))
-    print(words[-20_000:] + done.stdout[-20_000:], flush=True)
+    print(errors[-20_000:] + done.stdout[-20_000:], flush=True)
     if done.returncode != code:
         raise RuntimeError(f'exit code {done.returncode} of {" ".join([script, *flags])}\n'
-                           f'{words.strip()[-2000:]}')
-    return done.stdout, words
+                           f'{errors.strip()[-2000:]}')
+    return done.stdout, errors
 
 
 @dataclass
