@@ -353,6 +353,7 @@ def test_what_cannot_be_read(opened):
     before = page.page.inner_text('#next')
     page.page.fill('#prompt', 'hellò')
     page.until('state.textError')
+    page.settled()   # the page shows the error with what it looks at next
     assert '"ò"' in page.page.inner_text('#note') and page.page.is_disabled('#one')
     assert page.page.inner_text('#next') == before
     with pytest.raises(Exception, match='does not know "ò"'):
